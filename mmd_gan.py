@@ -1,0 +1,1124 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6",
+#     "torchvision>=0.21",
+#     "tyro>=1.0",
+#     "wandb>=0.28",
+#     "numpy>=1.26",
+#     "tqdm>=4.66",
+#     "matplotlib>=3.8",
+#     "scikit-learn>=1.4",
+# ]
+# ///
+"""MMD-GAN."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+import tyro
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+SCRIPT = "mmd_gan"
+TOYS = ("ring", "grid")
+BOUNDS = (
+    0.25,
+    4.0,
+)  # of squared distances in the bounded kernel, for sigma = 1 (Wang et al. 2019, section 4.1)
+IMAGE_DEFAULTS = {"num_steps": 20_000, "batch_size": 64, "feature_scale": 8.0}
+DEFAULTS = {  # where they depend on the data set
+    "mnist": IMAGE_DEFAULTS,
+    "digits": IMAGE_DEFAULTS | {"num_steps": 2000},
+    "ring": {"num_steps": 10_000, "batch_size": 256, "feature_scale": 30.0},
+    "grid": {"num_steps": 10_000, "batch_size": 256, "feature_scale": 30.0},
+}
+
+
+@dataclasses.dataclass
+class Args:
+    exp_name: str = SCRIPT
+    """first part of the run folder's name"""
+    seed: int = 1
+    """seed of every random number of the run"""
+    torch_deterministic: bool = True
+    """ask torch for deterministic algorithms where it has them"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """where to train; auto takes CUDA, then MPS, then the CPU"""
+    track: bool = False
+    """log to Weights & Biases as well"""
+    wandb_project_name: str = "minimal-gans"
+    """W&B project"""
+    wandb_entity: str | None = None
+    """W&B team or user; by default your own"""
+
+    dataset: Literal["mnist", "fashion-mnist", "kmnist", "digits", "ring", "grid"] = "mnist"
+    """images; digits needs no download; ring (8 Gaussians) and grid (25 Gaussians) are 2-D toys"""
+    data_dir: str = "data"
+    """folder of the image files in torchvision's layout; missing files are downloaded to it"""
+    eval_split: Literal["test", "validation"] = "test"
+    """what samples are compared with; validation takes the last sixth of the training images out for it"""
+
+    num_steps: int | None = None
+    """generator updates (default: by data set)"""
+    batch_size: int | None = None
+    """real and fake samples in a batch (default: by data set)"""
+    latent_dim: int = 64
+    """size of the generator's Gaussian input"""
+    channels: int = 32
+    """channels of the image networks' 14 x 14 feature maps; the 7 x 7 maps have twice as many"""
+    encoder: Literal["learned", "none"] = "learned"
+    """none: no critic, the kernel acts on the data itself (generative moment matching network)"""
+    feature_dim: int = 16
+    """size of the critic's output, the space in which the kernel acts"""
+    feature_scale: float | None = None
+    """factor on the critic's output, its Lipschitz constant under spectral_norm (default: by data set)"""
+    critic_steps: int = 1
+    """critic updates per generator update"""
+    lr_generator: float = 1e-3
+    """Adam's learning rate for the generator"""
+    lr_critic: float = 1e-3
+    """Adam's learning rate for the critic and a learned kernel"""
+    beta1: float = 0.5
+    """Adam's decay of the first moment"""
+    lr_decay: float = 0.5
+    """last share of the run, over which the learning rates fall linearly to zero"""
+    ema_decay: float = 0.999
+    """decay per step of the averaged generator, which draws the samples"""
+
+    kernel: Literal["gaussian", "rational_quadratic", "linear"] = "gaussian"
+    """mixture of Gaussians, mixture of rational quadratics, or the dot product"""
+    bandwidths: tuple[float, ...] = (1.0,)
+    """the mixture: Gaussian widths sigma, or rational-quadratic exponents alpha"""
+    bandwidth_mode: Literal["fixed", "median", "learned"] = "fixed"
+    """median: in units of the batch's median distance; learned: widths and weights train with the critic"""
+    repulsion: float = 1.0
+    """lambda of Wang et al. (2019): 1 is the repulsive critic loss, -1 the attractive one, minus MMD^2"""
+    bounded_kernel: bool = False
+    """bound the squared distances in the critic's loss (Wang et al. 2019)"""
+    unbiased: bool = True
+    """leave the pairs of a sample with itself out of the means"""
+    gradient_penalty: float = 0.0
+    """weight of the penalty on the gradient of the witness function (Binkowski et al. 2018)"""
+    spectral_norm: bool = True
+    """divide each of the critic's weight matrices by its spectral norm"""
+
+    num_eval_samples: int = 10_000
+    """samples drawn for an evaluation; 0 switches evaluation off"""
+    eval_every: int | None = None
+    """steps between evaluations, pictures and checkpoints (default: a fifth of the run)"""
+    log_every: int = 100
+    """steps between lines of metrics.jsonl"""
+    run_dir: str = "runs"
+    """folder in which run folders are made"""
+    resume: str | None = None
+    """run folder to go on with"""
+    generate: int = 0
+    """draw this many samples from --checkpoint into the new folder --out, instead of training"""
+    checkpoint: str | None = None
+    """a run's checkpoint.pt, for --generate"""
+    out: str | None = None
+    """folder for --generate"""
+
+    def __post_init__(self) -> None:
+        for name, value in DEFAULTS.get(self.dataset, DEFAULTS["mnist"]).items():
+            setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
+        self.eval_every = math.ceil(self.num_steps / 5) if self.eval_every is None else self.eval_every
+        positive = (
+            "num_steps batch_size latent_dim channels feature_dim feature_scale critic_steps lr_generator"
+        )
+        for name in f"{positive} lr_critic eval_every log_every".split():
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        for name, high in (("beta1", 1), ("ema_decay", 1), ("lr_decay", 1), ("gradient_penalty", math.inf)):
+            if not 0 <= getattr(self, name) <= high:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be in [0, {high}], not {getattr(self, name)}"
+                )
+        if not self.bandwidths or not all(0 < s < math.inf for s in self.bandwidths):
+            raise ValueError(
+                f"--bandwidths must be positive, not {' '.join(map(str, self.bandwidths)) or 'empty'}"
+            )
+        if self.unbiased and self.batch_size < 2:
+            raise ValueError(
+                "--batch-size must be at least 2 for the unbiased estimator; or use --no-unbiased"
+            )
+        if self.generate < 0 or self.num_eval_samples < 0 or 0 < self.num_eval_samples < 10:
+            raise ValueError("--generate must not be negative, and --num-eval-samples is 0 or at least 10")
+        if self.encoder == "none" and (self.gradient_penalty or self.bandwidth_mode == "learned"):
+            raise ValueError(
+                "--encoder none has no critic: no --gradient-penalty, no --bandwidth-mode learned"
+            )
+        if self.kernel == "linear" and self.bandwidth_mode != "fixed":
+            raise ValueError(
+                "--kernel linear has no bandwidths to choose or learn: use --bandwidth-mode fixed"
+            )
+
+
+def fail(message: str) -> NoReturn:
+    """Say in one line what is wrong and what to do about it, and leave with exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_images(dataset: str, data_dir: str, eval_split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training and evaluation images (n, 28, 28) uint8 and labels (n,) int64: x, y, x_eval, y_eval.
+
+    `digits` is scikit-learn's 1,797 digits of 8 x 8, enlarged; the others are read in torchvision's layout,
+    and downloaded if they are not there. With eval_split "validation" the last sixth of the training images
+    is the evaluation part, and the test images are not touched.
+    """
+    if dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
+        images = F.interpolate(images, size=28, mode="bilinear").squeeze(1).round().to(torch.uint8)
+        order = torch.from_numpy(
+            np.random.default_rng(0).permutation(len(images))
+        )  # the file is in writers' order
+        images, labels = images[order], torch.from_numpy(labels).long()[order]
+        parts = [images[:1437], labels[:1437], images[1437:], labels[1437:]]
+    else:
+        name = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}[dataset]
+        raw = Path(data_dir) / name / "raw"
+        files = [f"{a}-{b}-ubyte" for a in ("train", "t10k") for b in ("images-idx3", "labels-idx1")]
+        present = all((raw / file).is_file() for file in files)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                make = getattr(torchvision.datasets, name)
+                sets = [make(data_dir, train=train, download=not present) for train in (True, False)]
+            parts = [v for s in sets for v in (s.data, s.targets.long())]
+            for images, labels in (parts[:2], parts[2:]):
+                if images.shape != (len(labels), 28, 28) or not len(labels) or labels.max() > 9:
+                    raise ValueError(f"images {tuple(images.shape)}, labels {tuple(labels.shape)}")
+        except Exception as error:
+            if present:
+                fail(f"{raw} holds damaged files ({error!r:.200}); delete them to download {dataset} again")
+            fail(
+                f"{dataset} is not in {raw} and cannot be downloaded ({error!s:.200}); put its IDX files "
+                "there, name their place with --data-dir, or take --dataset digits, which needs no download"
+            )
+    x, y, x_eval, y_eval = parts
+    if eval_split == "validation":
+        n = len(x) * 5 // 6
+        x, y, x_eval, y_eval = x[:n], y[:n], x[n:], y[n:]
+    return x, y, x_eval, y_eval
+
+
+def toy_modes(dataset: str) -> tuple[Tensor, float]:
+    """Means (k, 2) and standard deviation of a 2-D mixture, as in VEEGAN (2017) and PacGAN (2018)."""
+    if dataset == "ring":
+        angle = torch.arange(8) * (math.pi / 4)
+        return torch.stack((angle.cos(), angle.sin()), 1), 0.01
+    axis = torch.arange(-4.0, 5.0, 2.0)
+    return torch.cartesian_prod(axis, axis), 0.05
+
+
+def load_toy(dataset: str, num_samples: int = 100_000) -> Tensor:
+    """Samples (num_samples, 2) of a 2-D mixture with equal weights, the same ones in every run."""
+    modes, std = toy_modes(dataset)
+    rng = torch.Generator().manual_seed(0)
+    index = torch.randint(len(modes), (num_samples,), generator=rng)
+    return modes[index] + std * torch.randn(num_samples, 2, generator=rng)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images (n, 28, 28) as floats (n, 1, 28, 28) in [-1, 1]."""
+    return images.unsqueeze(1).float() / 127.5 - 1
+
+
+def draw_batch(data: Tensor, batch_size: int) -> Tensor:
+    """A batch drawn with replacement: images (b, 1, 28, 28) in [-1, 1], or points (b, 2)."""
+    batch = data[torch.randint(len(data), (batch_size,), device=data.device)]
+    return to_float(batch) if batch.dtype == torch.uint8 else batch
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Networks
+
+
+def make_generator(latent_dim: int, channels: int, toy: bool) -> nn.Sequential:
+    """Latent (b, latent_dim) to image (b, 1, 28, 28) in [-1, 1], or to point (b, 2)."""
+    if toy:
+        return nn.Sequential(
+            *(nn.Linear(latent_dim, 128), nn.ReLU()),
+            *(nn.Linear(128, 128), nn.ReLU()),
+            *(nn.Linear(128, 128), nn.ReLU()),
+            nn.Linear(128, 2),
+        )
+    c = channels
+    return nn.Sequential(
+        *(nn.Linear(latent_dim, 2 * c * 49, bias=False), nn.Unflatten(1, (2 * c, 7, 7))),
+        *(nn.BatchNorm2d(2 * c), nn.ReLU()),
+        *(nn.ConvTranspose2d(2 * c, c, 4, 2, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()),
+        *(nn.ConvTranspose2d(c, 1, 4, 2, 1), nn.Tanh()),
+    ).to(memory_format=torch.channels_last)  # half the time of a step on a CPU
+
+
+class Scale(nn.Module):
+    """Multiplies by a constant."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+def make_critic(
+    feature_dim: int, channels: int, toy: bool, spectral_norm: bool, scale: float
+) -> nn.Sequential:
+    """Image (b, 1, 28, 28) or point (b, 2) to features (b, feature_dim)."""
+    sn = nn.utils.parametrizations.spectral_norm if spectral_norm else nn.Identity()
+    c, act = channels, nn.LeakyReLU(0.2)
+    if toy:
+        return nn.Sequential(
+            *(sn(nn.Linear(2, 128)), act),
+            *(sn(nn.Linear(128, 128)), act),
+            *(sn(nn.Linear(128, 128)), act),
+            *(sn(nn.Linear(128, feature_dim)), Scale(scale)),
+        )
+    return nn.Sequential(
+        *(sn(nn.Conv2d(1, c, 4, 2, 1)), act),
+        *(sn(nn.Conv2d(c, 2 * c, 4, 2, 1)), act),
+        *(nn.Flatten(), sn(nn.Linear(2 * c * 49, feature_dim)), Scale(scale)),
+    ).to(memory_format=torch.channels_last)
+
+
+class Kernel(nn.Module):
+    """Widths and weights of a kernel mixture: fixed, in units of the batch's median distance, or learned."""
+
+    def __init__(self, bandwidths: tuple[float, ...], mode: str):
+        super().__init__()
+        self.bandwidths, self.mode = tuple(bandwidths), mode
+        if mode == "learned":
+            self.log_bandwidth = nn.Parameter(torch.tensor(self.bandwidths).log())
+            self.logit = nn.Parameter(torch.zeros(len(bandwidths)))
+
+    def mixture(self) -> tuple:
+        """Bandwidths and weights: constants, or tensors that train."""
+        if self.mode == "learned":
+            return self.log_bandwidth.exp(), self.logit.softmax(0) * len(self.logit)
+        return self.bandwidths, None
+
+    def unit(self, x: Tensor, y: Tensor) -> Tensor | float:
+        """The length in which features x (n, d) and y (m, d) are measured."""
+        return median_distance(x, y) if self.mode == "median" else 1.0
+
+
+def average(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of a model and its buffers, with a shorter memory in the first steps."""
+
+    def update(averages: list, values: list, count: Tensor) -> None:
+        if averages[0].is_floating_point():  # a list holds one dtype; batch normalisation's counters stay
+            torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Loss
+
+TILE = 512  # 512 x 512 float32 pairs are 1 MB: they stay in a core's cache for all the bandwidths
+
+
+def kernel_means(
+    x: Tensor,
+    y: Tensor,
+    bandwidths: tuple[float, ...] | Tensor,
+    kernel: str = "gaussian",
+    unbiased: bool = True,
+    weights: tuple[float, ...] | Tensor | None = None,
+    bounds: tuple[float, float] | None = None,
+    road: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three means that every MMD loss is made of: k_xx, k_yy and k_xy, scalars differentiable in x and y.
+
+    Args:
+        x, y: features (n, d) and (m, d), float32 or float64, on one device.
+        bandwidths: (s,) positive numbers: widths sigma of "gaussian" in the units of x, or exponents alpha of
+            "rational_quadratic"; a tensor gets gradients (a learned kernel); "linear" does not use them.
+        kernel: "gaussian", sum over sigma of exp(-|a - b|^2 / 2 sigma^2); "rational_quadratic", sum over
+            alpha of (1 + |a - b|^2 / 2 alpha)^-alpha (Binkowski et al. 2018, section 2.1); "linear", a . b.
+        unbiased: leave the pairs (i, i) out of k_xx and k_yy (Gretton et al. 2012, eq. 3), or not (eq. 5).
+        weights: (s,) factors of the mixture's parts, 1 by default; a tensor gets gradients.
+        bounds: (low, high) of the bounded kernel (Wang et al. 2019, eq. 6): squared distances count as at
+            least low within x and as at most high within y, so that pairs beyond are no longer pushed.
+        road: "tiled", one pass over the pairs in memory for n + m points; "dense", plain torch with a matrix
+            per bandwidth, which second derivatives always take; "auto", dense for tensors of bandwidths or
+            weights and tiled for all else.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, for fewer than two points in an unbiased
+    mean, for bandwidths or bounds that are not positive, and for unknown names.
+    """
+    check_points(x, y, 2 if unbiased else 1)
+    if kernel not in ("gaussian", "rational_quadratic", "linear") or road not in ("auto", "dense", "tiled"):
+        raise ValueError(f"unknown kernel {kernel!r} or road {road!r}")
+    if kernel == "linear":
+        n, m, sum_x, sum_y = len(x), len(y), x.sum(0), y.sum(0)
+        own_x, own_y = (x.square().sum(), y.square().sum()) if unbiased else (0, 0)
+        k_xx, k_yy = sum_x @ sum_x - own_x, sum_y @ sum_y - own_y
+        return k_xx / pairs(n, unbiased), k_yy / pairs(m, unbiased), sum_x @ sum_y / (n * m)
+    weights = (1.0,) * len(bandwidths) if weights is None else weights
+    constant = not isinstance(bandwidths, Tensor) and not isinstance(weights, Tensor)
+    if len(bandwidths) == 0 or len(weights) != len(bandwidths):
+        raise ValueError(f"{len(bandwidths)} bandwidths with {len(weights)} weights")
+    for name, values in (("bandwidths", bandwidths), ("bounds", bounds or ())):
+        if not isinstance(values, Tensor) and not all(0 < v < math.inf for v in values):
+            raise ValueError(f"{name} must be positive and finite, not {values}")
+    if road == "dense" or (road == "auto" and not constant):
+        return dense_means(x, y, bandwidths, weights, kernel, unbiased, bounds)
+    mix = (tuple(v.tolist() if isinstance(v, Tensor) else v) for v in (bandwidths, weights))
+    return TiledMeans.apply(x, y, *mix, kernel, unbiased, bounds)
+
+
+def mmd2(x: Tensor, y: Tensor, bandwidths: tuple[float, ...] | Tensor, **options) -> Tensor:
+    """Squared maximum mean discrepancy k_xx + k_yy - 2 k_xy between x (n, d) and y (m, d): a scalar.
+
+    Gretton et al. 2012, Lemma 6; arguments and errors are those of kernel_means. With unbiased=True it can be
+    negative, with unbiased=False it cannot.
+    """
+    k_xx, k_yy, k_xy = kernel_means(x, y, bandwidths, **options)
+    return k_xx + k_yy - 2 * k_xy
+
+
+def critic_loss(k_xx: Tensor, k_yy: Tensor, k_xy: Tensor, repulsion: float) -> Tensor:
+    """The critic's loss  lambda k_xx - (lambda - 1) k_xy - k_yy  (Wang et al. 2019, section 3.2), x real.
+
+    repulsion is lambda: -1 is the attractive loss -MMD^2 (Li et al. 2017); 1 is the repulsive k_xx - k_yy, in
+    which the critic spreads the real samples out instead of drawing them together.
+    """
+    return repulsion * k_xx - (repulsion - 1) * k_xy - k_yy
+
+
+def witness(
+    t: Tensor,
+    x: Tensor,
+    y: Tensor,
+    bandwidths: tuple[float, ...] | Tensor,
+    kernel: str = "gaussian",
+    weights: tuple[float, ...] | Tensor | None = None,
+) -> Tensor:
+    """The witness function mean_i k(x_i, t) - mean_j k(y_j, t) at points t (l, d): (l,).
+
+    Gretton et al. 2012, section 2.3, for x (n, d) and y (m, d); arguments as in kernel_means.
+    """
+    if kernel == "linear":
+        return t @ (x.mean(0) - y.mean(0))
+    weights = (1.0,) * len(bandwidths) if weights is None else weights
+    k_x, k_y = (kernel_profile(squared_distances(t, v), bandwidths, weights, kernel)[0] for v in (x, y))
+    return k_x.mean(1) - k_y.mean(1)
+
+
+def gradient_penalty(
+    critic: nn.Module, unit: Tensor | float, real: Tensor, fake: Tensor, h_real: Tensor, h_fake: Tensor, *mix
+) -> Tensor:
+    """Mean of (|grad f(t)| - 1)^2 of a batch's witness f, at random points t between real and fake samples.
+
+    Binkowski et al. 2018, section 2.3. real and fake have one shape (b, ...), h_real and h_fake (b, d) are
+    their features divided by unit; mix is bandwidths, kernel and weights, as in witness.
+    """
+    u = torch.rand(len(real), *[1] * (real.dim() - 1), device=real.device)
+    t = torch.lerp(real, fake, u).requires_grad_()
+    (grad,) = torch.autograd.grad(witness(critic(t) / unit, h_real, h_fake, *mix).sum(), t, create_graph=True)
+    return (grad.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def median_distance(x: Tensor, y: Tensor, max_points: int = 1000) -> Tensor:
+    """Median distance between two of the points x (n, d) and y (m, d), of at most max_points each: a scalar.
+
+    The "median heuristic" for sigma (Gretton et al. 2012, section 8); it carries no gradient.
+    """
+    z = torch.cat((x.detach()[:max_points], y.detach()[:max_points]))
+    return F.pdist(z).median().clamp(min=1e-12)
+
+
+def check_points(x: Tensor, y: Tensor, least: int) -> None:
+    """Raise ValueError unless x (n, d) and y (m, d) share floating dtype and device and have least points."""
+    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"x and y must be (n, d) and (m, d), not {tuple(x.shape)} and {tuple(y.shape)}")
+    if x.dtype != y.dtype or x.device != y.device or not x.is_floating_point():
+        raise ValueError(f"x and y must share dtype and device: {x.dtype} {x.device}, {y.dtype} {y.device}")
+    if min(len(x), len(y)) < least:
+        raise ValueError(f"{len(x)} and {len(y)} points given, at least {least} of each are needed")
+
+
+def pairs(n: int, unbiased: bool) -> int:
+    """Number of ordered pairs of n points, without the pairs (i, i) if unbiased."""
+    return n * (n - 1) if unbiased else n * n
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """|x_i - y_j|^2 of x (n, d) and y (m, d): (n, m), not negative, differentiable as often as you like."""
+    center = x.detach().mean(0)  # distances do not change, and far from the origin they keep their digits
+    x, y = x - center, y - center
+    t = x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * x @ y.T
+    return t + (t.clamp(min=0) - t).detach()  # clamp the value alone: duplicates keep their second derivative
+
+
+def kernel_profile(t: Tensor, bandwidths, weights, kernel: str) -> tuple[Tensor, Tensor]:
+    """The mixture k at squared distances t, and its slope -2 dk/dt; both have the shape of t."""
+    k, slope = 0, 0
+    for s, w in zip(bandwidths, weights):
+        if kernel == "gaussian":
+            part = w * (-t / (2 * s * s)).exp()
+            part_slope = part / (s * s)
+        else:
+            base = 1 + t / (2 * s)
+            part = w * (-s * base.log()).exp()
+            part_slope = part / base
+        k, slope = k + part, slope + part_slope
+    return k, slope
+
+
+def dense_means(x, y, bandwidths, weights, kernel, unbiased, bounds) -> tuple[Tensor, Tensor, Tensor]:
+    """kernel_means in plain torch, with a matrix per bandwidth."""
+    means = []
+    for a, b, bound in ((x, x, "min"), (y, y, "max"), (x, y, None)):
+        t = squared_distances(a, b)
+        if bounds and bound:
+            t = t.clamp(**{bound: bounds[bound == "max"]})
+        k, _ = kernel_profile(t, bandwidths, weights, kernel)
+        if unbiased and bound:
+            k = k - k.diag().diag()
+        means.append(k.sum() / (pairs(len(a), unbiased) if bound else k.numel()))
+    return tuple(means)
+
+
+class TiledMeans(torch.autograd.Function):
+    """kernel_means in one pass over tiles of pairs, gradients included; it keeps n + m points, no matrix."""
+
+    @staticmethod
+    def forward(ctx, x, y, bandwidths, weights, kernel, unbiased, bounds):
+        ctx.options = mix = bandwidths, weights, kernel, unbiased, bounds
+        n, m, (low, high), (need_x, need_y) = len(x), len(y), bounds or (None, None), ctx.needs_input_grad[:2]
+        center = x.mean(0)  # as in squared_distances
+        x_, y_ = x - center, y - center
+        xx, d_xx, _ = tile_sums(x_, x_, *mix[:3], low, None, unbiased, need_x, need_x)
+        yy, d_yy, _ = tile_sums(y_, y_, *mix[:3], None, high, unbiased, need_y, need_y)
+        xy, d_xy, d_yx = tile_sums(x_, y_, *mix[:3], None, None, False, need_x, need_y)
+        n_xx, n_yy, n_xy = pairs(n, unbiased), pairs(m, unbiased), n * m
+        ctx.save_for_backward(
+            x, y, d_xx.mul_(2 / n_xx), d_yy.mul_(2 / n_yy), d_xy.div_(n_xy), d_yx.div_(n_xy)
+        )
+        return xx / n_xx, yy / n_yy, xy / n_xy
+
+    @staticmethod
+    def backward(ctx, g_xx, g_yy, g_xy):
+        x, y, d_xx, d_yy, d_xy, d_yx = ctx.saved_tensors
+        need = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():  # create_graph=True: someone wants second derivatives
+            inputs = [v for v, needed in zip((x, y), need) if needed]
+            grads = torch.autograd.grad(
+                dense_means(x, y, *ctx.options),
+                inputs,
+                (g_xx, g_yy, g_xy),
+                create_graph=True,
+                materialize_grads=True,
+            )
+            grad_x, grad_y = grads[0] if need[0] else None, grads[-1] if need[1] else None
+        else:
+            grad_x = g_xx * d_xx + g_xy * d_xy if need[0] else None
+            grad_y = g_yy * d_yy + g_xy * d_yx if need[1] else None
+        return grad_x, grad_y, None, None, None, None, None
+
+
+def tile_sums(a, b, bandwidths, weights, kernel, low, high, skip_diagonal, need_a, need_b):
+    """Sum of k(a_i, b_j) over all pairs of a (n, d) and b (m, d), and its gradients in a and in b.
+
+    With W_ij = -2 k'(t_ij) for squared distances t_ij, the gradient in a_i is sum_j W_ij b_j - a_i sum_j W_ij
+    and likewise in b: two matrix products per tile, however many bandwidths there are. If b is a, tiles below
+    the diagonal are left out, and the gradient is that in the first argument, which is half of the whole.
+    """
+    same = a is b
+    mix = sorted(zip(bandwidths, weights), reverse=True)
+    # If each sigma is half the one before, exp(-t / 2 sigma^2) is the fourth power of the one before: a
+    # single exponential serves the whole mixture (and exp2 is a good deal faster than exp on a CPU).
+    chain = kernel == "gaussian" and low is None and high is None
+    chain = chain and all(mix[0][0] == s * 2**i for i, (s, _) in enumerate(mix))
+    unit = (
+        -math.log2(math.e) / (2 * mix[0][0] ** 2) if chain else 1.0
+    )  # a tile holds unit * t: one matrix product
+    a2, b2 = a.square().sum(1, keepdim=True), b.square().sum(1, keepdim=True)
+    left = torch.cat((-2 * unit * a, unit * a2, torch.full_like(a2, unit)), 1)
+    right = torch.cat((b, torch.ones_like(b2), b2), 1)
+    a_t = a.T.contiguous()
+    d_a, row_sums = torch.zeros_like(a), a.new_zeros(len(a), 1)
+    d_bt, column_sums = (
+        b.new_zeros(b.shape[1], len(b)),
+        b.new_zeros(len(b)),
+    )  # transposed, for a faster product
+    sums = []
+    for i in range(0, len(a), TILE):
+        for j in range(i if same else 0, len(b), TILE):
+            rows, columns, diagonal = slice(i, i + TILE), slice(j, j + TILE), same and i == j
+            t = left[rows] @ right[columns].T
+            t = t.clamp_(max=0) if chain else t.clamp_(min=0)
+            if diagonal:
+                t.fill_diagonal_(0)
+            if chain:
+                p = t.exp2_()
+                if diagonal and skip_diagonal:
+                    p.fill_diagonal_(0)
+                total, slope = 0, None
+                for s, w in mix:
+                    if slope is None:
+                        slope = p * (w / s**2)
+                    else:
+                        slope.add_(p.square_().square_(), alpha=w / s**2)
+                    total = total + w * p.sum()
+            else:
+                k, slope = kernel_profile(
+                    t.clamp(low, high) if low or high else t, bandwidths, weights, kernel
+                )
+                if low or high:
+                    slope *= (t > low) if low else (t < high)
+                if diagonal and skip_diagonal:
+                    k.fill_diagonal_(0)
+                total = k.sum()
+            sums.append(2 * total if same and not diagonal else total)
+            if need_a:
+                d_a[rows].addmm_(slope, b[columns])
+                row_sums[rows] += slope.sum(1, keepdim=True)
+            if need_b and not diagonal:
+                d_bt[:, columns].addmm_(a_t[:, rows], slope)
+                column_sums[columns] += slope.sum(0)
+    if same:
+        d_a, row_sums = d_a + d_bt.T, row_sums + column_sums[:, None]
+    return torch.stack(sums).sum(), d_a.addcmul_(row_sums, a, value=-1), (d_bt - column_sums * b.T).T
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+class Judge(nn.Module):
+    """The classifier in whose 128 features images are compared."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(1, 32, 5, 2, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.Conv2d(32, 64, 5, 2, 2, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(64 * 49, 128), nn.ReLU()),
+        )
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (b, 128) and class logits (b, 10) of images (b, 1, 28, 28) in [-1, 1]."""
+        features = self.body(images)
+        return features, self.head(features)
+
+
+def train_judge(images: Tensor, labels: Tensor, epochs: int = 4, batch_size: int = 128) -> Judge:
+    """A judge trained on images (n, 28, 28) uint8 and labels (n,), from seed 0; leaves torch's alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        judge = Judge().to(images.device)
+        optimizer = torch.optim.Adam(judge.parameters())
+        steps = epochs * math.ceil(len(images) / batch_size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+        for _ in range(epochs):
+            for index in torch.randperm(len(images), device=images.device).split(batch_size):
+                loss = F.cross_entropy(judge(to_float(images[index]))[1], labels[index], label_smoothing=0.05)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return judge.eval().requires_grad_(False)
+
+
+def load_judge(args, images: Tensor, labels: Tensor) -> tuple[Judge, str]:
+    """The judge of these training images, from --run-dir if it is there, and the hash of its weights."""
+    data = hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()[:12]
+    path = Path(args.run_dir) / f"judge__{args.dataset}__{data}.pt"
+    judge = Judge().to(images.device).eval().requires_grad_(False)
+    try:
+        judge.load_state_dict(torch.load(path, map_location=images.device, weights_only=True))
+    except Exception:  # not there yet, or damaged
+        print(f"training the judge of the images, once; it is kept in {path}", flush=True)
+        judge = train_judge(images, labels)
+        save_torch(path, judge.state_dict())
+    weights = b"".join(v.cpu().numpy().tobytes() for v in judge.state_dict().values())
+    return judge, hashlib.sha256(weights).hexdigest()[:12]
+
+
+def judge_images(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and logits of images, uint8 (n, 28, 28) or float (n, 1, 28, 28), in blocks of 1,000."""
+    blocks = [judge(to_float(b) if b.dtype == torch.uint8 else b) for b in images.split(1000)]
+    return torch.cat([f for f, _ in blocks]), torch.cat([z for _, z in blocks])
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Frechet distance of Gaussians fitted to features x (n, d) and y (m, d) (Heusel et al. 2017, eq. 6)."""
+    x, y = x.double().cpu(), y.double().cpu()
+    cov_x, cov_y = x.T.cov(), y.T.cov()
+    root = torch.linalg.eigvals(cov_x @ cov_y).real.clamp(min=0).sqrt().sum()  # trace of (cov_x cov_y)^(1/2)
+    return ((x.mean(0) - y.mean(0)).square().sum() + cov_x.trace() + cov_y.trace() - 2 * root).item()
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """Precision and recall of features fake (m, d) for real (n, d) (Kynkaanniemi et al. 2019, eq. 1-3): the
+    share of each set in reach of the other, where a point reaches as far as its k-th neighbour in its set."""
+
+    def share_within(points: Tensor, others: Tensor) -> float:
+        reach = torch.cat([torch.cdist(b, others).kthvalue(k + 1).values for b in others.split(1000)])
+        return (
+            torch.cat([(torch.cdist(b, others) <= reach).any(1) for b in points.split(1000)])
+            .float()
+            .mean()
+            .item()
+        )
+
+    return share_within(fake, real), share_within(real, fake)
+
+
+def image_metrics(judge: Judge, fake: Tensor, real: Tensor, labels: Tensor) -> dict:
+    """Metrics of images fake (m, ...) against real (n, 28, 28) with classes labels (n,), all by the judge."""
+    f_fake, logits = judge_images(judge, fake)
+    f_real, _ = judge_images(judge, real)
+    precision, recall = precision_recall(f_real, f_fake)
+    shares, target = (c.bincount(minlength=10).double() / len(c) for c in (logits.argmax(1), labels))
+    kl = torch.xlogy(shares, shares / target).sum().item()
+    metrics = {"fid": frechet_distance(f_real, f_fake), "precision": precision, "recall": recall}
+    return metrics | {"class_kl": kl, "class_shares": [round(s, 4) for s in shares.tolist()]}
+
+
+def toy_metrics(samples: Tensor, modes: Tensor, std: float) -> dict:
+    """Of samples (n, 2) and a mixture's modes (k, 2): modes covered, share of samples of high quality (within
+    3 std of the nearest mode), and the KL divergence of the modes' shares, by nearest mode, from uniform."""
+    distance, nearest = torch.cdist(samples, modes).min(1)
+    good = distance <= 3 * std
+    shares = nearest.bincount(minlength=len(modes)).double() / len(samples)
+    kl = torch.xlogy(shares, shares * len(modes)).sum().item()
+    return {"modes": len(nearest[good].unique()), "high_quality": good.double().mean().item(), "mode_kl": kl}
+
+
+@torch.no_grad()
+def draw_samples(
+    generator: nn.Module, latent_dim: int, count: int, seed: int, device: torch.device
+) -> Tensor:
+    """Samples (count, ...) of a generator in evaluation mode; the latents have a seed of their own."""
+    rng = torch.Generator().manual_seed(seed)
+    latents = torch.randn(count, latent_dim, generator=rng).to(device)
+    return torch.cat([generator.eval()(z) for z in latents.split(1000)])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Run folder and tracking
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write beside the file and rename into place: nobody ever sees half a file."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(beside, path)
+
+
+def save_torch(path: Path, state: dict) -> None:
+    """torch.save by way of write_file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, script: str) -> dict:
+    """A checkpoint of this script, on the CPU. Code in it is not run; what is wrong is said in one line."""
+    if not path.is_file():
+        fail(f"there is no checkpoint {path}; a run folder that was saved holds a checkpoint.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        fail(f"checkpoint {path} is damaged, or holds code, which is never run ({error!r:.80})")
+    if not isinstance(state, dict) or state.get("script") != script:
+        other = state.get("script") if isinstance(state, dict) else None
+        fail(f"checkpoint {path} comes from {other or 'another program'}, not from {script}")
+    return state
+
+
+def resumed_args(args, saved: dict):
+    """The saved arguments, updated by the options that were given and that a resumed run may change."""
+    free = "num_steps eval_every log_every num_eval_samples device track data_dir run_dir resume"
+    default = vars(type(args)(dataset=args.dataset)) | {"dataset": type(args).dataset}
+    given = {k: v for k, v in vars(args).items() if v != default[k]}
+    for name in given.keys() - {*free.split(), "wandb_project_name", "wandb_entity"}:
+        if given[name] != saved[name]:
+            fail(f"--{name.replace('_', '-')} {given[name]}: the run has {saved[name]}, and must keep it")
+    return type(args)(**{**saved, "track": False, "device": "auto", **given})
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; auto is the best there is."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(d for d in there if there[d]) if name == "auto" else name
+    if not there[name]:
+        fail(f"--device {name}: torch {torch.__version__} finds no such device; use --device cpu or auto")
+    return torch.device(name)
+
+
+def start_wandb(args, name: str, run_id: str | None):
+    """A W&B run, going on with run_id if given; an offline one if W&B is out of reach."""
+    import wandb
+
+    options = {
+        "project": args.wandb_project_name,
+        "entity": args.wandb_entity,
+        "id": run_id,
+        "resume": "allow",
+    }
+    options |= {"name": name, "config": vars(args), "dir": args.run_dir}
+    try:
+        return wandb.init(**options)
+    except Exception as error:
+        print(
+            f"W&B is out of reach ({error!s:.200}); logging offline, `wandb sync` sends it later",
+            file=sys.stderr,
+        )
+        return wandb.init(**options, mode="offline")
+
+
+def check_wandb() -> None:
+    """Leave with one line unless W&B is installed and either logged in to or offline."""
+    try:
+        import wandb
+    except ImportError:
+        fail("--track needs wandb: pip install wandb")
+    online = os.environ.get("WANDB_MODE", wandb.setup().settings.mode) == "online"
+    if online and not wandb.login(prompt=False, verify=False):
+        fail("--track: you are not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
+
+
+class Tracker:
+    """Writes scalars to metrics.jsonl, and under --track scalars and pictures to W&B."""
+
+    def __init__(self, folder: Path, wandb_run, first_step: int):
+        self.path, self.wandb_run = folder / "metrics.jsonl", wandb_run
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        # What an interrupted run wrote after its last checkpoint will be written again.
+        write_file(self.path, "".join(f"{s}\n" for s in lines if json.loads(s)["step"] <= first_step))
+
+    def log(self, step: int, scalars: dict, picture: Path | None = None) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **scalars}) + "\n")
+        if self.wandb_run is None:
+            return
+        try:
+            import wandb
+
+            self.wandb_run.log(
+                scalars | ({"samples": wandb.Image(str(picture))} if picture else {}), step=step
+            )
+        except Exception as error:
+            print(f"W&B failed ({error!s:.200}); training goes on without it", file=sys.stderr)
+            self.wandb_run = None
+
+
+def plot_curves(folder: Path) -> None:
+    """curves.png: every scalar of metrics.jsonl against the step."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = dict.fromkeys(
+        k for row in rows for k, v in row.items() if k != "step" and not isinstance(v, list)
+    )
+    figure = Figure(figsize=(14, 2.6 * math.ceil(len(names) / 4)), layout="constrained")
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(math.ceil(len(names) / 4), 4, place + 1, title=name, xlabel="step")
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points), marker="o" if len(points) < 20 else None, markersize=3)
+        axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=70)
+    write_file(folder / "curves.png", buffer.getvalue())
+
+
+def save_picture(path: Path, samples: Tensor, data: Tensor) -> None:
+    """A PNG of 100 images (n, 1, 28, 28) in a square, or of points (n, 2) over points of the data (m, 2)."""
+    buffer = io.BytesIO()
+    if samples.dim() == 4:
+        torchvision.utils.save_image((samples[:100] + 1) / 2, buffer, format="png", nrow=10)
+    else:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5, 5), layout="constrained")
+        axes = figure.add_subplot(aspect="equal")
+        for points, name in ((data, "data"), (samples, "samples")):
+            axes.scatter(*points[:2500].cpu().T, s=3, alpha=0.4, label=name)
+        axes.legend(loc="upper right")
+        figure.savefig(buffer, format="png", dpi=70)
+    write_file(path, buffer.getvalue())
+
+
+def run_facts(device: torch.device) -> dict:
+    """What results.json says of the machine: peak memory (of the process, on a CPU), device, versions."""
+    if device.type == "cuda":
+        peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type}, {torch.get_num_threads()} threads"
+        try:
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+                1 if sys.platform == "darwin" else 1024
+            )
+        except ImportError:  # Windows
+            peak = math.nan
+    versions = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+    return {"peak_memory_mb": round(peak / 1e6), "device": name, "versions": versions}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(args: Args) -> Path:
+    """Train, evaluate and save; returns the run folder."""
+    checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt", SCRIPT) if args.resume else None
+    args = resumed_args(args, checkpoint["args"]) if checkpoint else args
+    first_step = checkpoint["step"] if checkpoint else 0
+    if first_step >= args.num_steps:
+        fail(f"{args.resume} has done its {first_step} steps; give more of them with --num-steps")
+    device = pick_device(args.device)
+    if args.track:
+        check_wandb()
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+
+    toy = args.dataset in TOYS
+    parts = [load_toy(args.dataset)] if toy else load_images(args.dataset, args.data_dir, args.eval_split)
+    data, *labelled = (part.to(device) for part in parts)
+    if args.batch_size > len(data):
+        fail(
+            f"--batch-size {args.batch_size} is more than the {len(data)} training samples of {args.dataset}"
+        )
+    folder = Path(args.run_dir) / f"{args.exp_name}__{args.dataset}__{args.seed}__{int(time.time())}"
+    folder = Path(args.resume) if checkpoint else folder
+    try:
+        folder.mkdir(parents=True, exist_ok=bool(checkpoint))
+        write_file(folder / "args.json", json.dumps(vars(args), indent=2))
+    except OSError as error:
+        fail(f"cannot write the run folder {folder} ({error.strerror}); choose another place with --run-dir")
+    wandb_run = start_wandb(args, folder.name, checkpoint and checkpoint["wandb_id"]) if args.track else None
+    tracker = Tracker(folder, wandb_run, first_step)
+    num_eval, floor = args.num_eval_samples, {}
+    if num_eval and not toy:
+        labels, x_eval, y_eval = labelled
+        num_eval = min(num_eval, len(x_eval))
+        x_eval, y_eval = x_eval[:num_eval], y_eval[:num_eval]
+        judge, judge_hash = load_judge(args, data, labels)
+        accuracy = (judge_images(judge, x_eval)[1].argmax(1) == y_eval).double().mean().item()
+        floor = {"judge": judge_hash, "judge_accuracy": accuracy, "num_eval": num_eval}
+        floor |= {f"floor_{k}": v for k, v in image_metrics(judge, data[:num_eval], x_eval, y_eval).items()}
+        print(
+            f"floor, training images against {args.eval_split} images: fid {floor['floor_fid']:.3f}",
+            flush=True,
+        )
+
+    generator = make_generator(args.latent_dim, args.channels, toy).to(device)
+    averaged = average(generator, args.ema_decay)
+    critic = make_critic(args.feature_dim, args.channels, toy, args.spectral_norm, args.feature_scale)
+    critic = critic.to(device) if args.encoder == "learned" else nn.Flatten()
+    kernel = Kernel(args.bandwidths, args.bandwidth_mode).to(device)
+    opt_generator = torch.optim.Adam(
+        generator.parameters(), args.lr_generator, (args.beta1, 0.999), fused=True
+    )
+    saved = {"generator": generator, "averaged": averaged, "critic": critic, "kernel": kernel}
+    saved["opt_generator"] = opt_generator
+    if args.encoder == "learned":
+        learned = [*critic.parameters(), *kernel.parameters()]
+        saved["opt_critic"] = opt_critic = torch.optim.Adam(
+            learned, args.lr_critic, (args.beta1, 0.999), fused=True
+        )
+    if checkpoint:
+        for key, part in saved.items():
+            part.load_state_dict(checkpoint[key])
+        torch.set_rng_state(checkpoint["rng"])
+        if device.type == "cuda" and checkpoint["rng_cuda"] is not None:
+            torch.cuda.set_rng_state(checkpoint["rng_cuda"], device)
+
+    def save(step: int) -> None:
+        state = {key: part.state_dict() for key, part in saved.items()}
+        state |= {"script": SCRIPT, "args": vars(args), "step": step, "rng": torch.get_rng_state()}
+        state["rng_cuda"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        save_torch(folder / "checkpoint.pt", state | {"wandb_id": wandb_run and wandb_run.id})
+
+    def evaluate(step: int) -> dict:
+        samples = draw_samples(
+            averaged, args.latent_dim, max(num_eval, 2500 if toy else 100), args.seed, device
+        )
+        for name in (f"samples_{step:06d}.png", "samples.png"):
+            save_picture(folder / name, samples, data)
+        if not num_eval:
+            return {}
+        if toy:
+            return toy_metrics(samples[:num_eval].cpu(), *toy_modes(args.dataset))
+        return image_metrics(judge, samples[:num_eval], x_eval, y_eval)
+
+    def latent() -> Tensor:
+        return torch.randn(args.batch_size, args.latent_dim, device=device)
+
+    stop = []  # Ctrl-C and SIGTERM: end the step, save, leave
+    handlers = {
+        s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
+    }
+    start, paused, last_good = time.time(), 0.0, first_step
+    metrics, bounds = {}, BOUNDS if args.bounded_kernel else None
+    bar = tqdm(total=args.num_steps, initial=first_step, desc=SCRIPT, disable=None, dynamic_ncols=True)
+    for step in range(first_step + 1, args.num_steps + 1):
+        # Learning rates stay, and in the last part of the run fall linearly to zero.
+        rate = min(1.0, (args.num_steps + 1 - step) / max(1.0, args.lr_decay * args.num_steps))
+
+        # The critic minimises  lambda k_xx - (lambda - 1) k_xy - k_yy  and its regulariser.
+        for _ in range(args.critic_steps if args.encoder == "learned" else 0):
+            real = draw_batch(data, args.batch_size)
+            with torch.no_grad():
+                fake = generator(latent())
+            h_real, h_fake = critic(torch.cat((real, fake))).chunk(2)
+            unit, (bandwidths, weights) = kernel.unit(h_real, h_fake), kernel.mixture()
+            means = kernel_means(
+                h_real / unit, h_fake / unit, bandwidths, args.kernel, args.unbiased, weights, bounds
+            )
+            loss = loss_critic = critic_loss(*means, args.repulsion)
+            if args.gradient_penalty:
+                mix = h_real / unit, h_fake / unit, bandwidths, args.kernel, weights
+                penalty = gradient_penalty(critic, unit, real, fake, *mix)
+                loss = loss_critic + args.gradient_penalty * penalty
+            opt_critic.param_groups[0]["lr"] = args.lr_critic * rate
+            opt_critic.zero_grad()
+            loss.backward()
+            opt_critic.step()
+
+        # The generator minimises MMD^2 in the critic's features, without bounds.
+        with torch.no_grad():
+            h_real, (bandwidths, weights) = critic(draw_batch(data, args.batch_size)), kernel.mixture()
+        h_fake = critic(generator(latent()))
+        unit = kernel.unit(h_real, h_fake)
+        k_xx, k_yy, k_xy = kernel_means(
+            h_real / unit, h_fake / unit, bandwidths, args.kernel, args.unbiased, weights
+        )
+        loss_generator = k_xx + k_yy - 2 * k_xy
+        opt_generator.param_groups[0]["lr"] = args.lr_generator * rate
+        opt_generator.zero_grad()
+        loss_generator.backward()
+        opt_generator.step()
+        averaged.update_parameters(generator)
+        bar.update()
+
+        # Now and then: read the scalars, draw and measure samples, save.
+        due = step % args.eval_every == 0 or step == args.num_steps or bool(stop)
+        if not due and step % args.log_every:
+            continue
+        scalars = {"loss_generator": loss_generator, "k_xx": k_xx, "k_yy": k_yy, "k_xy": k_xy}
+        if args.encoder == "learned":
+            scalars["loss_critic"] = loss_critic
+        if args.gradient_penalty:
+            scalars["gradient_penalty"] = penalty
+        scalars = {name: value.item() for name, value in scalars.items()}
+        if not all(map(math.isfinite, scalars.values())):
+            bar.close()
+            kept = f"{folder / 'checkpoint.pt'} of step {last_good}" if last_good else "none yet"
+            fail(
+                f"the loss is not finite at step {step}: {scalars}; last good checkpoint: {kept}; lower --lr"
+            )
+        if args.bandwidth_mode != "fixed":
+            scalars |= {f"bandwidth_{i}": float(s * unit) for i, s in enumerate(bandwidths)}
+        scalars["steps_per_second"] = (step - first_step) / (time.time() - start - paused)
+        if due:
+            pause = time.time()
+            metrics = {} if stop else evaluate(step)
+            save(step)
+            last_good, paused = step, paused + time.time() - pause
+        tracker.log(
+            step, scalars | (metrics if due else {}), folder / "samples.png" if due and not stop else None
+        )
+        shown = {name: f"{value:.3g}" for name, value in metrics.items() if not isinstance(value, list)}
+        bar.set_postfix(loss=f"{scalars['loss_generator']:.4f}", **shown, refresh=False)
+        if due and metrics:
+            bar.write(f"step {step}: " + "  ".join(f"{name} {value}" for name, value in shown.items()))
+        if stop:
+            break
+    bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    plot_curves(folder)
+    if tracker.wandb_run is not None:
+        tracker.wandb_run.finish(exit_code=1 if stop else 0)
+    if stop:
+        print(f"stopped after step {step}; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
+        raise SystemExit(128 + stop[0])
+    seconds = time.time() - start
+    speed = (args.num_steps - first_step) / (seconds - paused)
+    results = (
+        metrics | floor | {"steps": step, "seconds": round(seconds, 1), "steps_per_second": round(speed, 2)}
+    )
+    results |= run_facts(device)
+    write_file(folder / "results.json", json.dumps(results, indent=2))
+    print("\n".join(f"{name:>20}  {value}" for name, value in results.items()))
+    print("\n".join(f"{folder / name}" for name in ("samples.png", "curves.png", "checkpoint.pt")))
+    return folder
+
+
+def generate(args: Args) -> Path:
+    """Samples of a checkpoint, as a folder of PNG files or, for a toy, of samples.npy (n, 2); returns it."""
+    if not args.checkpoint or not args.out:
+        fail("--generate needs --checkpoint runs/<run>/checkpoint.pt and --out <new folder>")
+    out, checkpoint = Path(args.out), load_checkpoint(Path(args.checkpoint), SCRIPT)
+    if out.exists():
+        fail(f"--out {out} exists; name a new folder")
+    device, made = pick_device(args.device), Args(**checkpoint["args"])
+    averaged = average(make_generator(made.latent_dim, made.channels, made.dataset in TOYS), made.ema_decay)
+    averaged.load_state_dict(checkpoint["averaged"])
+    samples = draw_samples(averaged.to(device), made.latent_dim, args.generate, args.seed, device).cpu()
+    beside = out.with_name(out.name + ".tmp")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        if samples.dim() == 2:
+            np.save(beside / "samples.npy", samples.numpy())
+        else:
+            pixels = ((samples.squeeze(1) + 1) * 127.5).round().to(torch.uint8).numpy()
+            for i, image in enumerate(tqdm(pixels, desc=str(out), disable=None)):
+                Image.fromarray(image).save(beside / f"{i:06d}.png")
+        os.replace(beside, out)
+    except OSError as error:
+        fail(f"cannot write --out {out} ({error.strerror}); name a place where you may write")
+    print(f"{args.generate} samples in {out}")
+    return out
+
+
+def main(args: Args) -> Path:
+    """Train, or sample with --generate; returns the folder that was written."""
+    return generate(args) if args.generate else train(args)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
