@@ -40,16 +40,19 @@ from tqdm import tqdm
 
 SCRIPT = "mmd_gan"
 TOYS = ("ring", "grid")
-BOUNDS = (
-    0.25,
-    4.0,
-)  # of squared distances in the bounded kernel, for sigma = 1 (Wang et al. 2019, section 4.1)
-IMAGE_DEFAULTS = {"num_steps": 20_000, "batch_size": 64, "feature_scale": 8.0}
-DEFAULTS = {  # where they depend on the data set
-    "mnist": IMAGE_DEFAULTS,
-    "digits": IMAGE_DEFAULTS | {"num_steps": 2000},
-    "ring": {"num_steps": 10_000, "batch_size": 256, "feature_scale": 30.0},
-    "grid": {"num_steps": 10_000, "batch_size": 256, "feature_scale": 30.0},
+BOUNDS = (0.25, 4.0)  # on squared distances in the bounded kernel, for sigma = 1 (Wang et al. 2019)
+TOY = {"num_steps": 30_000, "batch_size": 256, "latent_dim": 2, "encoder": "none"}  # 2-D needs no encoder
+IMAGES = {"num_steps": 20_000, "batch_size": 64, "latent_dim": 64, "encoder": "learned"}
+DEFAULTS = {"digits": IMAGES | {"num_steps": 2000}, "ring": TOY | {"num_steps": 20_000}, "grid": TOY}
+# The kernel mixture, by kernel, or by data set where the kernel acts on the data itself: from the width of a
+# mode to the width of the whole, in steps of two.
+MIXTURES = {
+    "gaussian": (1.0,),
+    "rational_quadratic": (0.2, 0.5, 1.0, 2.0, 5.0),  # Binkowski et al. 2018
+    "linear": (1.0,),
+    "ring": tuple(0.01 * 2**i for i in range(8)),
+    "grid": tuple(0.05 * 2**i for i in range(7)),
+    "images": (2.0, 4.0, 8.0, 16.0, 32.0),
 }
 
 
@@ -80,22 +83,22 @@ class Args:
     num_steps: int | None = None
     """generator updates (default: by data set)"""
     batch_size: int | None = None
-    """real and fake samples in a batch (default: by data set)"""
-    latent_dim: int = 64
-    """size of the generator's Gaussian input"""
+    """real and fake samples in a batch (default: 64 images, 256 points)"""
+    latent_dim: int | None = None
+    """size of the generator's Gaussian input (default: 64 for images, 2 for toys)"""
     channels: int = 32
     """channels of the image networks' 14 x 14 feature maps; the 7 x 7 maps have twice as many"""
-    encoder: Literal["learned", "none"] = "learned"
-    """none: no critic, the kernel acts on the data itself (generative moment matching network)"""
+    encoder: Literal["learned", "none"] | None = None
+    """none: the kernel acts on the data itself, a moment matching network (default: none for toys)"""
     feature_dim: int = 16
     """size of the critic's output, the space in which the kernel acts"""
-    feature_scale: float | None = None
-    """factor on the critic's output, its Lipschitz constant under spectral_norm (default: by data set)"""
+    feature_scale: float = 8.0
+    """factor on the critic's output; under spectral_norm it bounds the critic's Lipschitz constant"""
     critic_steps: int = 1
     """critic updates per generator update"""
-    lr_generator: float = 1e-3
+    lr_generator: float = 3e-3
     """Adam's learning rate for the generator"""
-    lr_critic: float = 1e-3
+    lr_critic: float = 2e-3
     """Adam's learning rate for the critic and a learned kernel"""
     beta1: float = 0.5
     """Adam's decay of the first moment"""
@@ -106,8 +109,8 @@ class Args:
 
     kernel: Literal["gaussian", "rational_quadratic", "linear"] = "gaussian"
     """mixture of Gaussians, mixture of rational quadratics, or the dot product"""
-    bandwidths: tuple[float, ...] = (1.0,)
-    """the mixture: Gaussian widths sigma, or rational-quadratic exponents alpha"""
+    bandwidths: tuple[float, ...] | None = None
+    """the mixture: Gaussian widths sigma, or rational-quadratic exponents alpha (default: by data set)"""
     bandwidth_mode: Literal["fixed", "median", "learned"] = "fixed"
     """median: in units of the batch's median distance; learned: widths and weights train with the critic"""
     repulsion: float = 1.0
@@ -139,8 +142,12 @@ class Args:
     """folder for --generate"""
 
     def __post_init__(self) -> None:
-        for name, value in DEFAULTS.get(self.dataset, DEFAULTS["mnist"]).items():
+        for name, value in DEFAULTS.get(self.dataset, IMAGES).items():
             setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
+        if self.bandwidths is None:
+            space = self.dataset if self.dataset in TOYS else "images"
+            on_data = self.encoder == "none" and self.kernel == "gaussian" and self.bandwidth_mode == "fixed"
+            self.bandwidths = MIXTURES[space if on_data else self.kernel]
         self.eval_every = math.ceil(self.num_steps / 5) if self.eval_every is None else self.eval_every
         positive = (
             "num_steps batch_size latent_dim channels feature_dim feature_scale critic_steps lr_generator"
