@@ -1,0 +1,112 @@
+"""What the tests share: small data sets in torchvision's layout, and the scripts run as commands."""
+
+import itertools
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """A uint8 array in the IDX format of MNIST's files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def write_mnist_like(folder: Path, seed: int) -> None:
+    """240 + 60 images in `folder`/raw: the class, 0 to 9 in turn, is the place of a bright bar in noise."""
+    rng = np.random.default_rng(seed)
+    for part, n in (("train", 240), ("t10k", 60)):
+        labels = np.arange(n) % 10
+        images = rng.integers(0, 90, (n, 28, 28))
+        for image, label in zip(images, labels):
+            image[4 + 2 * label : 6 + 2 * label, 4:24] += 160
+        write_idx(folder / "raw" / f"{part}-images-idx3-ubyte", images)
+        write_idx(folder / "raw" / f"{part}-labels-idx1-ubyte", labels)
+
+
+@pytest.fixture(scope="session")
+def tiny_mnist(tmp_path_factory) -> Path:
+    """A data folder with small MNIST, FashionMNIST and KMNIST; not to be written to."""
+    folder = tmp_path_factory.mktemp("data")
+    for seed, name in enumerate(("MNIST", "FashionMNIST", "KMNIST")):
+        write_mnist_like(folder / name, seed)
+    return folder
+
+
+def environment(changes: dict | None) -> dict:
+    """This process's environment with changes; None takes a variable away."""
+    env = os.environ | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "200", "OMP_NUM_THREADS": "2"}
+    env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")} | (changes or {})
+    return {name: value for name, value in env.items() if value is not None}
+
+
+@pytest.fixture
+def run_cli(tmp_path):
+    """run_cli(*args, env=None, timeout=300): a script as a command, in a folder of its own."""
+
+    def run(*args, env=None, timeout=300, script="mmd_gan.py"):
+        command = [sys.executable, str(ROOT / script), *map(str, args)]
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment(env),
+            timeout=timeout,
+            capture_output=True,
+            encoding="utf-8",
+        )
+
+    return run
+
+
+@pytest.fixture
+def start_cli(tmp_path):
+    """start_cli(*args): a script as a process that runs beside the test, and ends with it."""
+    started = []
+
+    def start(*args, script="mmd_gan.py"):
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / script), *map(str, args)],
+            cwd=tmp_path,
+            env=environment(None),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture(autouse=True)
+def leave_process_as_it_was():
+    """A script that runs in this process sets signal handlers and torch's modes: put them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="session")
+def run_name():
+    """run_name(): an --exp-name that no other run has (a run folder's name has whole seconds in it)."""
+    counter = itertools.count()
+    return lambda: f"run{next(counter)}"

@@ -1,0 +1,250 @@
+"""The measures that results are reported in, on sets whose answers are known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mmd_gan
+from mmd_gan import average, frechet_distance, load_images, load_toy, precision_recall, toy_metrics, toy_modes
+
+
+def points(n, d, seed=0):
+    """n standard Gaussian points."""
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# Images
+
+
+def test_frechet_distance_of_equal_sets_is_zero():
+    x = points(200, 5)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(x.float(), x.float()) == pytest.approx(0, abs=1e-4)
+
+
+def test_frechet_distance_of_a_shift_is_its_square():
+    x = points(200, 5)
+    assert frechet_distance(x, x + torch.tensor([3.0, 0, 0, 4.0, 0])) == pytest.approx(25, rel=1e-6)
+
+
+def test_frechet_distance_of_a_scale():
+    """With covariances C and s^2 C the distance is (s - 1)^2 trace C, at equal means."""
+    x = points(200, 5)
+    x = x - x.mean(0)
+    assert frechet_distance(x, 3 * x) == pytest.approx(4 * x.T.cov().trace().item(), rel=1e-6)
+
+
+def test_frechet_distance_against_matrix_square_root():
+    """Heusel et al. 2017, eq. 6, with the root of the product taken by eigenvalues of a symmetric matrix."""
+    x, y = (points(300, 6, s) @ points(6, 6, s + 2) + s for s in (0, 1))
+    (mean_x, cov_x), (mean_y, cov_y) = ((v.numpy().mean(0), np.cov(v.numpy(), rowvar=False)) for v in (x, y))
+    values, vectors = np.linalg.eigh(cov_x)
+    root_x = vectors * np.sqrt(values) @ vectors.T
+    trace = np.sqrt(np.linalg.eigvalsh(root_x @ cov_y @ root_x)).sum()
+    expected = ((mean_x - mean_y) ** 2).sum() + np.trace(cov_x) + np.trace(cov_y) - 2 * trace
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(y, x) == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_distance_of_features_that_are_constant():
+    """A feature that never fires makes the covariance singular."""
+    x = points(100, 4) * torch.tensor([1.0, 1.0, 0.0, 0.0])
+    assert frechet_distance(x, x + 1) == pytest.approx(4, rel=1e-6)
+
+
+def brute_precision_recall(real, fake, k):
+    """Kynkaanniemi et al. 2019, eq. 1-3, a pair at a time."""
+
+    def share(of, within):
+        inside = 0
+        for p in of:
+            for i, q in enumerate(within):
+                reach = sorted(math.dist(q, r) for j, r in enumerate(within) if j != i)[k - 1]
+                if math.dist(p, q) <= reach:
+                    inside += 1
+                    break
+        return inside / len(of)
+
+    real, fake = real.tolist(), fake.tolist()
+    return share(fake, real), share(real, fake)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_recall_against_a_loop(k):
+    real, fake = points(30, 3), 0.7 * points(25, 3, 1) + 1
+    expected = brute_precision_recall(real, fake, k)
+    assert all(0 < v < 1 for v in expected)
+    assert precision_recall(real, fake, k) == pytest.approx(expected, abs=1e-6)
+
+
+def test_precision_recall_of_known_sets():
+    real = points(60, 2)
+    left = real[real[:, 0] < real[:, 0].median()]
+    assert precision_recall(real, real) == (1, 1)
+    assert precision_recall(real, real + 100) == (0, 0)
+    precision, recall = precision_recall(real, left)
+    assert precision == 1 and 0.4 < recall < 0.8
+
+
+def test_precision_recall_in_blocks():
+    """More than a block of 1,000 points: each block sees all the others."""
+    real, fake = points(1100, 2), points(1050, 2, 1)
+    near = torch.cdist(fake, real) <= torch.cdist(real, real).sort(1).values[:, 3]
+    far = torch.cdist(real, fake) <= torch.cdist(fake, fake).sort(1).values[:, 3]
+    expected = [v.any(1).double().mean().item() for v in (near, far)]
+    assert precision_recall(real, fake) == pytest.approx(expected, abs=2e-3)
+
+
+def test_image_metrics_of_class_shares():
+    """Class shares and their KL divergence from those of the labels, by a judge that reads the top left."""
+
+    def judge(images):
+        pixel = ((images[:, 0, 0, 0] + 1) * 127.5).round().long() % 10
+        return images.flatten(1)[:, :16], nn.functional.one_hot(pixel, 10).float()
+
+    images = torch.randint(256, (100, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    labels = torch.arange(100) % 10
+    fake, real = images.clone(), images.clone()
+    fake[:, 0, 0] = torch.arange(100) % 5  # only half of the classes
+    metrics = mmd_gan.image_metrics(judge, fake, real, labels)
+    assert metrics["class_shares"] == [0.2] * 5 + [0.0] * 5
+    assert metrics["class_kl"] == pytest.approx(math.log(2))
+    assert {"fid", "precision", "recall"} < metrics.keys()
+    fake[:, 0, 0] = real[:, 0, 0] = labels.to(torch.uint8)
+    same = mmd_gan.image_metrics(judge, mmd_gan.to_float(fake), real, labels)
+    assert same["class_kl"] == pytest.approx(0, abs=1e-12) and same["precision"] == 1
+    assert same["fid"] == pytest.approx(0, abs=1e-4)
+
+
+def test_judge_is_reproducible_and_leaves_the_random_state_alone():
+    images, labels, _, _ = load_images("digits", "", "test")
+    state = torch.get_rng_state()
+    first, second = (mmd_gan.train_judge(images[:500], labels[:500], epochs=2) for _ in range(2))
+    assert torch.equal(state, torch.get_rng_state())
+    for a, b in zip(first.state_dict().values(), second.state_dict().values()):
+        assert torch.equal(a, b)
+    features, logits = mmd_gan.judge_images(first, images[500:])
+    assert features.shape == (937, 128) and not first.training
+    assert (logits.argmax(1) == labels[500:]).float().mean() > 0.8
+
+
+def test_judge_is_kept_and_a_damaged_one_is_made_again(tmp_path, capsys):
+    images, labels, _, _ = load_images("digits", "", "test")
+    args = mmd_gan.Args(dataset="digits", run_dir=str(tmp_path))
+    _, first = mmd_gan.load_judge(args, images[:300], labels[:300])
+    assert "training the judge" in capsys.readouterr().out
+    _, again = mmd_gan.load_judge(args, images[:300], labels[:300])
+    assert again == first and capsys.readouterr().out == ""
+    (path,) = tmp_path.glob("judge__digits__*.pt")
+    path.write_bytes(path.read_bytes()[:1000])
+    _, again = mmd_gan.load_judge(args, images[:300], labels[:300])
+    assert again == first and "training the judge" in capsys.readouterr().out
+    _, other = mmd_gan.load_judge(args, images[300:600], labels[300:600])
+    assert other != first and len(list(tmp_path.glob("judge__*.pt"))) == 2
+
+
+# Toys
+
+
+@pytest.mark.parametrize("dataset, k, std", [("ring", 8, 0.01), ("grid", 25, 0.05)])
+def test_toy_metrics(dataset, k, std):
+    modes, given = toy_modes(dataset)
+    assert modes.shape == (k, 2) and given == std
+    one = toy_metrics(modes[3].expand(500, 2), modes, std)
+    assert one == {"modes": 1, "high_quality": 1.0, "mode_kl": pytest.approx(math.log(k), rel=1e-6)}
+    real = toy_metrics(load_toy(dataset, 50_000), modes, std)
+    # 3 std of a 2-D Gaussian hold 1 - exp(-9/2) of it
+    assert real["modes"] == k and real["high_quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.003)
+    assert 0 <= real["mode_kl"] < 1e-3
+    step = torch.tensor([std, 0.0])
+    beside = toy_metrics(torch.cat((modes + 2.9 * step, modes + 3.1 * step)), modes, std)
+    assert beside == {"modes": k, "high_quality": 0.5, "mode_kl": pytest.approx(0, abs=1e-12)}
+    off = toy_metrics(modes + 4 * step, modes, std)
+    assert off["modes"] == 0 and off["high_quality"] == 0
+
+
+def test_toy_modes_are_those_of_the_papers():
+    ring, grid = toy_modes("ring")[0], toy_modes("grid")[0]
+    torch.testing.assert_close(ring.norm(dim=1), torch.ones(8))
+    torch.testing.assert_close(
+        (ring - ring.roll(1, 0)).norm(dim=1), torch.full((8,), 2 * math.sin(math.pi / 8))
+    )
+    assert {tuple(p) for p in grid.tolist()} == {(a, b) for a in (-4, -2, 0, 2, 4) for b in (-4, -2, 0, 2, 4)}
+
+
+@pytest.mark.parametrize("dataset", ["ring", "grid"])
+def test_load_toy_has_the_moments_of_its_modes(dataset):
+    modes, std = toy_modes(dataset)
+    samples = load_toy(dataset)
+    assert torch.equal(samples, load_toy(dataset)) and samples.shape == (100_000, 2)
+    distance = torch.cdist(samples, modes)
+    nearest = distance.argmin(1)
+    shares = nearest.bincount(minlength=len(modes)) / len(samples)
+    torch.testing.assert_close(shares, torch.full_like(shares, 1 / len(modes)), atol=0.005, rtol=0)
+    noise = samples - modes[nearest]
+    torch.testing.assert_close(noise.std(0), torch.full((2,), std), rtol=0.02, atol=0)
+    torch.testing.assert_close(noise.mean(0), torch.zeros(2), atol=std / 50, rtol=0)
+
+
+# The averaged generator
+
+
+def test_average_against_a_hand_computation():
+    """The first update copies; update i + 1 keeps min(decay, (1 + i) / (10 + i)) of the average."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+    averaged = average(model, 0.25)
+    values, expected = [3.0, 1.0, -2.0, 5.0, 0.5], None
+    for i, value in enumerate(values):
+        nn.init.constant_(model[0].weight, value)
+        model[1].running_mean.fill_(10 * value)
+        averaged.update_parameters(model)
+        keep = min(0.25, (1 + i) / (10 + i)) if i else 0.0
+        expected = value if expected is None else keep * expected + (1 - keep) * value
+        assert averaged.module[0].weight.item() == pytest.approx(expected, rel=1e-6)
+        assert averaged.module[1].running_mean.item() == pytest.approx(10 * expected, rel=1e-6)
+    assert min(0.25, 2 / 11) == 2 / 11 and min(0.25, 5 / 14) == 0.25  # both sides of the minimum were used
+
+
+# Data
+
+
+def test_digits_split():
+    """1,437 images to train and 360 others to compare with, the same ones every time."""
+    x, y, x_eval, y_eval = parts = load_images("digits", "", "test")
+    assert x.shape == (1437, 28, 28) and x_eval.shape == (360, 28, 28) and x.dtype == torch.uint8
+    assert y.shape == (1437,) and y_eval.shape == (360,) and y.dtype == torch.int64
+    assert all(torch.equal(a, b) for a, b in zip(parts, load_images("digits", "", "test")))
+    train, test = ({image.numpy().tobytes() for image in v} for v in (x, x_eval))
+    assert not train & test and len(train) + len(test) == 1797
+    assert y.bincount().min() > 120 and y_eval.bincount().min() > 20
+    assert x.max() == 255 and x.min() == 0
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "fashion-mnist", "kmnist", "digits"])
+def test_validation_leaves_the_test_images_out(dataset, tiny_mnist):
+    """The last sixth of the training images takes the test images' place."""
+    x, y, *_ = load_images(dataset, str(tiny_mnist), "test")
+    x_train, y_train, x_eval, y_eval = load_images(dataset, str(tiny_mnist), "validation")
+    n = len(x) * 5 // 6
+    assert len(x_train) == n and len(x_eval) == len(x) - n
+    assert torch.equal(torch.cat((x_train, x_eval)), x) and torch.equal(torch.cat((y_train, y_eval)), y)
+
+
+def test_idx_files_are_read_as_they_were_written(tiny_mnist):
+    sets = [load_images(name, str(tiny_mnist), "test") for name in ("mnist", "fashion-mnist", "kmnist")]
+    for x, y, x_eval, y_eval in sets:
+        assert len(x) == 240 and len(x_eval) == 60
+        for images, labels in ((x, y), (x_eval, y_eval)):
+            bar = images.double().mean(2)[:, 4:24].view(-1, 10, 2).sum(2).argmax(1)
+            assert torch.equal(bar, labels)
+    assert not torch.equal(sets[0][0], sets[1][0])
+
+
+def test_batches_and_scales():
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1).expand(2, 28, 28)
+    batch = mmd_gan.draw_batch(images, 50)
+    assert batch.shape == (50, 1, 28, 28) and set(batch.unique().tolist()) == {-1.0, 1.0}
+    assert mmd_gan.draw_batch(load_toy("ring", 10), 20).shape == (20, 2)
