@@ -160,42 +160,46 @@ class Args:
     """folder for --generate"""
 
     def __post_init__(self) -> None:
-        for name, value in DEFAULTS.get(self.dataset, IMAGES).items():
-            setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
-        if self.bandwidths is None:
-            space = self.dataset if self.dataset in TOYS else "images"
-            on_data = self.encoder == "none" and self.kernel == "gaussian" and self.bandwidth_mode == "fixed"
-            self.bandwidths = MIXTURES[space if on_data else self.kernel]
-        self.eval_every = math.ceil(self.num_steps / 5) if self.eval_every is None else self.eval_every
-        positive = (
-            "num_steps batch_size latent_dim channels feature_dim feature_scale critic_steps lr_generator"
-        )
-        for name in f"{positive} lr_critic eval_every log_every".split():
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
-        for name, high in (("beta1", 1), ("ema_decay", 1), ("lr_decay", 1), ("gradient_penalty", math.inf)):
-            if not 0 <= getattr(self, name) <= high:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be in [0, {high}], not {getattr(self, name)}"
+        if not self.resume:  # else what was not given is taken from the run
+            for name, value in DEFAULTS.get(self.dataset, IMAGES).items():
+                setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
+            if self.bandwidths is None:
+                on_data = self.encoder == "none" and (self.kernel, self.bandwidth_mode) == (
+                    "gaussian",
+                    "fixed",
                 )
-        if not self.bandwidths or not all(0 < s < math.inf for s in self.bandwidths):
-            raise ValueError(
-                f"--bandwidths must be positive, not {' '.join(map(str, self.bandwidths)) or 'empty'}"
-            )
-        if self.unbiased and self.batch_size < 2:
-            raise ValueError(
-                "--batch-size must be at least 2 for the unbiased estimator; or use --no-unbiased"
-            )
-        if self.generate < 0 or self.num_eval_samples < 0 or 0 < self.num_eval_samples < 10:
-            raise ValueError("--generate must not be negative, and --num-eval-samples is 0 or at least 10")
+                self.bandwidths = (
+                    MIXTURES.get(self.dataset, MIXTURES["images"]) if on_data else MIXTURES[self.kernel]
+                )
+            self.eval_every = math.ceil(self.num_steps / 5) if self.eval_every is None else self.eval_every
+        above_zero = "num_steps batch_size latent_dim channels feature_dim critic_steps eval_every log_every"
+        limits = dict.fromkeys(above_zero.split(), (1, math.inf)) | {"seed": (0, 2**32 - 1)}
+        limits |= dict.fromkeys(("lr_generator", "lr_critic", "feature_scale"), (1e-12, 1e38))
+        limits |= dict.fromkeys(("beta1", "ema_decay", "lr_decay"), (0, 1)) | {"repulsion": (-1e38, 1e38)}
+        limits |= dict.fromkeys(("gradient_penalty", "generate", "num_eval_samples"), (0, 1e38))
+        for name, (low, high) in limits.items():
+            value, option = getattr(self, name), "--" + name.replace("_", "-")
+            if value is not None and not low <= value <= high:
+                wanted = (
+                    "positive"
+                    if low > 0
+                    else f"in [{low}, {high}]"
+                    if high < 1e38
+                    else "finite, not negative"
+                )
+                raise ValueError(f"{option} must be {wanted}, not {value}")
+        if self.bandwidths is not None and not (
+            self.bandwidths and all(0 < s < 1e38 for s in self.bandwidths)
+        ):
+            raise ValueError(f"--bandwidths must be positive, not {self.bandwidths}")
+        if self.unbiased and self.batch_size == 1:
+            raise ValueError("--batch-size must be at least 2, not 1, or take --no-unbiased")
+        if 0 < self.num_eval_samples < 10:
+            raise ValueError(f"--num-eval-samples must be 0 or at least 10, not {self.num_eval_samples}")
         if self.encoder == "none" and (self.gradient_penalty or self.bandwidth_mode == "learned"):
-            raise ValueError(
-                "--encoder none has no critic: no --gradient-penalty, no --bandwidth-mode learned"
-            )
-        if self.kernel == "linear" and self.bandwidth_mode != "fixed":
-            raise ValueError(
-                "--kernel linear has no bandwidths to choose or learn: use --bandwidth-mode fixed"
-            )
+            raise ValueError("--encoder none has no critic to penalise, and none to learn bandwidths with")
+        if self.kernel == "linear" and (self.bandwidth_mode != "fixed" or self.bounded_kernel):
+            raise ValueError("--kernel linear has no bandwidths and no bounds: leave these options away")
 
 
 def fail(message: str) -> NoReturn:
@@ -399,12 +403,14 @@ def kernel_means(
             weights and tiled for all else.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, for fewer than two points in an unbiased
-    mean, for bandwidths or bounds that are not positive, and for unknown names.
+    mean, for bandwidths or bounds that are not positive (tensors are not looked into), and for unknown names.
     """
     check_points(x, y, 2 if unbiased else 1)
     if kernel not in ("gaussian", "rational_quadratic", "linear") or road not in ("auto", "dense", "tiled"):
         raise ValueError(f"unknown kernel {kernel!r} or road {road!r}")
     if kernel == "linear":
+        if bounds:
+            raise ValueError(f"the linear kernel takes no bounds, given {bounds}")
         n, m, sum_x, sum_y = len(x), len(y), x.sum(0), y.sum(0)
         own_x, own_y = (x.square().sum(), y.square().sum()) if unbiased else (0, 0)
         k_xx, k_yy = sum_x @ sum_x - own_x, sum_y @ sum_y - own_y
@@ -418,6 +424,8 @@ def kernel_means(
             raise ValueError(f"{name} must be positive and finite, not {values}")
     if road == "dense" or (road == "auto" and not constant):
         return dense_means(x, y, bandwidths, weights, kernel, unbiased, bounds)
+    if any(isinstance(v, Tensor) and v.requires_grad for v in (bandwidths, weights)):
+        raise ValueError("road 'tiled' has no gradient for bandwidths and weights; use 'dense' or 'auto'")
     mix = (tuple(v.tolist() if isinstance(v, Tensor) else v) for v in (bandwidths, weights))
     return TiledMeans.apply(x, y, *mix, kernel, unbiased, bounds)
 
@@ -468,7 +476,7 @@ def gradient_penalty(
     Binkowski et al. 2018, section 2.3. real and fake have one shape (b, ...), h_real and h_fake (b, d) are
     their features divided by unit; mix is bandwidths, kernel and weights, as in witness.
     """
-    u = torch.rand(len(real), *[1] * (real.dim() - 1), device=real.device)
+    u = torch.rand(len(real), *[1] * (real.dim() - 1), dtype=real.dtype, device=real.device)
     t = torch.lerp(real, fake, u).requires_grad_()
     (grad,) = torch.autograd.grad(witness(critic(t) / unit, h_real, h_fake, *mix).sum(), t, create_graph=True)
     return (grad.flatten(1).norm(dim=1) - 1).square().mean()
@@ -487,8 +495,9 @@ def check_points(x: Tensor, y: Tensor, least: int) -> None:
     """Raise ValueError unless x (n, d) and y (m, d) share floating dtype and device and have least points."""
     if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must be (n, d) and (m, d), not {tuple(x.shape)} and {tuple(y.shape)}")
-    if x.dtype != y.dtype or x.device != y.device or not x.is_floating_point():
-        raise ValueError(f"x and y must share dtype and device: {x.dtype} {x.device}, {y.dtype} {y.device}")
+    if x.dtype != y.dtype or x.device != y.device or x.dtype not in (torch.float32, torch.float64):
+        kinds = f"{x.dtype} on {x.device} and {y.dtype} on {y.device}"
+        raise ValueError(f"x and y must both be float32 or both float64, on one device, not {kinds}")
     if min(len(x), len(y)) < least:
         raise ValueError(f"{len(x)} and {len(y)} points given, at least {least} of each are needed")
 
@@ -542,10 +551,9 @@ class TiledMeans(torch.autograd.Function):
     def forward(ctx, x, y, bandwidths, weights, kernel, unbiased, bounds):
         ctx.options = mix = bandwidths, weights, kernel, unbiased, bounds
         n, m, (low, high), (need_x, need_y) = len(x), len(y), bounds or (None, None), ctx.needs_input_grad[:2]
-        center = x.mean(0)  # as in squared_distances
-        x_, y_ = x - center, y - center
+        x_, y_, y_own = x - x.mean(0), y - x.mean(0), y - y.mean(0)  # centred, as in squared_distances
         xx, d_xx, _ = tile_sums(x_, x_, *mix[:3], low, None, unbiased, need_x, need_x)
-        yy, d_yy, _ = tile_sums(y_, y_, *mix[:3], None, high, unbiased, need_y, need_y)
+        yy, d_yy, _ = tile_sums(y_own, y_own, *mix[:3], None, high, unbiased, need_y, need_y)
         xy, d_xy, d_yx = tile_sums(x_, y_, *mix[:3], None, None, False, need_x, need_y)
         n_xx, n_yy, n_xy = pairs(n, unbiased), pairs(m, unbiased), n * m
         ctx.save_for_backward(
@@ -559,13 +567,9 @@ class TiledMeans(torch.autograd.Function):
         need = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # create_graph=True: someone wants second derivatives
             inputs = [v for v, needed in zip((x, y), need) if needed]
-            grads = torch.autograd.grad(
-                dense_means(x, y, *ctx.options),
-                inputs,
-                (g_xx, g_yy, g_xy),
-                create_graph=True,
-                materialize_grads=True,
-            )
+            means = zip(dense_means(x, y, *ctx.options), (g_xx, g_yy, g_xy))
+            means, g_means = zip(*((mean, g) for mean, g in means if mean.requires_grad))
+            grads = torch.autograd.grad(means, inputs, g_means, create_graph=True)
             grad_x, grad_y = grads[0] if need[0] else None, grads[-1] if need[1] else None
         else:
             grad_x = g_xx * d_xx + g_xy * d_xy if need[0] else None
@@ -702,6 +706,8 @@ def judge_images(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """Frechet distance of Gaussians fitted to features x (n, d) and y (m, d) (Heusel et al. 2017, eq. 6)."""
     x, y = x.double().cpu(), y.double().cpu()
+    if not (x.isfinite().all() and y.isfinite().all()):
+        return math.nan  # some LAPACKs crash on it
     cov_x, cov_y = x.T.cov(), y.T.cov()
     root = torch.linalg.eigvals(cov_x @ cov_y).real.clamp(min=0).sqrt().sum()  # trace of (cov_x cov_y)^(1/2)
     return ((x.mean(0) - y.mean(0)).square().sum() + cov_x.trace() + cov_y.trace() - 2 * root).item()
@@ -724,7 +730,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 
 
 def image_metrics(judge: Judge, fake: Tensor, real: Tensor, labels: Tensor) -> dict:
-    """Metrics of images fake (m, ...) against real (n, 28, 28) with classes labels (n,), all by the judge."""
+    """Metrics of images fake (m, ...) against real (n, 28, 28) and the classes labels (l,), by the judge."""
     f_fake, logits = judge_images(judge, fake)
     f_real, _ = judge_images(judge, real)
     precision, recall = precision_recall(f_real, f_fake)
@@ -783,13 +789,15 @@ def load_checkpoint(path: Path, script: str) -> dict:
     if not isinstance(state, dict) or state.get("script") != script:
         other = state.get("script") if isinstance(state, dict) else None
         fail(f"checkpoint {path} comes from {other or 'another program'}, not from {script}")
+    if missing := {"args", "step", "rng", "averaged"} - state.keys():
+        fail(f"checkpoint {path} is damaged: it has no {', '.join(sorted(missing))}")
     return state
 
 
 def resumed_args(args, saved: dict):
     """The saved arguments, updated by the options that were given and that a resumed run may change."""
     free = "num_steps eval_every log_every num_eval_samples device track data_dir run_dir resume"
-    default = vars(type(args)(dataset=args.dataset)) | {"dataset": type(args).dataset}
+    default = {field.name: field.default for field in dataclasses.fields(args)}
     given = {k: v for k, v in vars(args).items() if v != default[k]}
     for name in given.keys() - {*free.split(), "wandb_project_name", "wandb_entity"}:
         if given[name] != saved[name]:
@@ -859,8 +867,15 @@ class Tracker:
                 scalars | ({"samples": wandb.Image(str(picture))} if picture else {}), step=step
             )
         except Exception as error:
-            print(f"W&B failed ({error!s:.200}); training goes on without it", file=sys.stderr)
+            print(f"W&B failed ({error!s:.200}); the run goes on without it", file=sys.stderr)
             self.wandb_run = None
+
+    def finish(self) -> None:
+        try:
+            if self.wandb_run is not None:
+                self.wandb_run.finish()
+        except Exception as error:
+            print(f"W&B failed ({error!s:.200}); the run is in {self.path.parent}", file=sys.stderr)
 
 
 def plot_curves(folder: Path) -> None:
@@ -959,9 +974,9 @@ def train(args: Args) -> Path:
     if num_eval and not toy:
         labels, x_eval, y_eval = labelled
         num_eval = min(num_eval, len(x_eval))
-        x_eval, y_eval = x_eval[:num_eval], y_eval[:num_eval]
+        x_eval = x_eval[:num_eval]
         judge, judge_hash = load_judge(args, data, labels)
-        accuracy = (judge_images(judge, x_eval)[1].argmax(1) == y_eval).double().mean().item()
+        accuracy = (judge_images(judge, x_eval)[1].argmax(1) == y_eval[:num_eval]).double().mean().item()
         floor = {"judge": judge_hash, "judge_accuracy": accuracy, "num_eval": num_eval}
         floor |= {f"floor_{k}": v for k, v in image_metrics(judge, data[:num_eval], x_eval, y_eval).items()}
         print(
@@ -1060,45 +1075,43 @@ def train(args: Args) -> Path:
         bar.update()
 
         # Now and then: read the scalars, draw and measure samples, save.
-        due = step % args.eval_every == 0 or step == args.num_steps or bool(stop)
-        if not due and step % args.log_every:
-            continue
-        scalars = {"loss_generator": loss_generator, "k_xx": k_xx, "k_yy": k_yy, "k_xy": k_xy}
-        if args.encoder == "learned":
-            scalars["loss_critic"] = loss_critic
-        if args.gradient_penalty:
-            scalars["gradient_penalty"] = penalty
-        scalars = {name: value.item() for name, value in scalars.items()}
-        if not all(map(math.isfinite, scalars.values())):
-            bar.close()
-            kept = f"{folder / 'checkpoint.pt'} of step {last_good}" if last_good else "none yet"
-            fail(
-                f"the loss is not finite at step {step}: {scalars}; last good checkpoint: {kept}; lower --lr"
-            )
-        if args.bandwidth_mode != "fixed":
-            scalars |= {f"bandwidth_{i}": float(s * unit) for i, s in enumerate(bandwidths)}
-        scalars["steps_per_second"] = (step - first_step) / (time.time() - start - paused)
-        if due:
-            pause = time.time()
-            metrics = {} if stop else evaluate(step)
+        due = step % args.eval_every == 0 or step == args.num_steps
+        if due or step % args.log_every == 0:
+            scalars = {"loss_generator": loss_generator, "k_xx": k_xx, "k_yy": k_yy, "k_xy": k_xy}
+            if args.encoder == "learned":
+                scalars["loss_critic"] = loss_critic
+            if args.gradient_penalty:
+                scalars["gradient_penalty"] = penalty
+            scalars = {name: value.item() for name, value in scalars.items()}
+            finite = all(map(math.isfinite, scalars.values()))
+            if not finite or (due and not all(v.isfinite().all() for v in averaged.state_dict().values())):
+                bar.close()
+                kept = f"{folder / 'checkpoint.pt'} of step {last_good}" if last_good else "none yet"
+                what = f"the loss is not finite at step {step}: {scalars}"
+                fail(f"{what}; last good checkpoint: {kept}; try a lower --lr-generator and --lr-critic")
+            if args.bandwidth_mode != "fixed":
+                scalars |= {f"bandwidth_{i}": float(s * unit) for i, s in enumerate(bandwidths)}
+            scalars["steps_per_second"] = (step - first_step) / (time.time() - start - paused)
+            if due:
+                pause = time.time()
+                metrics = evaluate(step)
+                paused += time.time() - pause
+            tracker.log(step, scalars | (metrics if due else {}), folder / "samples.png" if due else None)
+            shown = {name: f"{value:.3g}" for name, value in metrics.items() if not isinstance(value, list)}
+            bar.set_postfix(loss=f"{scalars['loss_generator']:.4f}", **shown, refresh=False)
+            if due and metrics:
+                bar.write(f"step {step}: " + "  ".join(f"{name} {value}" for name, value in shown.items()))
+        if due or stop:
             save(step)
-            last_good, paused = step, paused + time.time() - pause
-        tracker.log(
-            step, scalars | (metrics if due else {}), folder / "samples.png" if due and not stop else None
-        )
-        shown = {name: f"{value:.3g}" for name, value in metrics.items() if not isinstance(value, list)}
-        bar.set_postfix(loss=f"{scalars['loss_generator']:.4f}", **shown, refresh=False)
-        if due and metrics:
-            bar.write(f"step {step}: " + "  ".join(f"{name} {value}" for name, value in shown.items()))
+            last_good = step
         if stop:
             break
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     plot_curves(folder)
-    if tracker.wandb_run is not None:
-        tracker.wandb_run.finish(exit_code=1 if stop else 0)
-    if stop:
+    tracker.finish()
+    if step < args.num_steps:
         print(f"stopped after step {step}; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
         raise SystemExit(128 + stop[0])
     seconds = time.time() - start
