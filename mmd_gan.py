@@ -4,7 +4,7 @@
 #     "torch>=2.6",
 #     "torchvision>=0.21",
 #     "tyro>=1.0",
-#     "wandb>=0.28",
+#     "wandb>=0.30",
 #     "numpy>=1.26",
 #     "tqdm>=4.66",
 #     "matplotlib>=3.8",
@@ -705,7 +705,7 @@ def judge_images(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """Frechet distance of Gaussians fitted to features x (n, d) and y (m, d) (Heusel et al. 2017, eq. 6)."""
-    x, y = x.double().cpu(), y.double().cpu()
+    x, y = x.cpu().double(), y.cpu().double()  # MPS has no float64
     if not (x.isfinite().all() and y.isfinite().all()):
         return math.nan  # some LAPACKs crash on it
     cov_x, cov_y = x.T.cov(), y.T.cov()
@@ -734,7 +734,7 @@ def image_metrics(judge: Judge, fake: Tensor, real: Tensor, labels: Tensor) -> d
     f_fake, logits = judge_images(judge, fake)
     f_real, _ = judge_images(judge, real)
     precision, recall = precision_recall(f_real, f_fake)
-    shares, target = (c.bincount(minlength=10).double() / len(c) for c in (logits.argmax(1), labels))
+    shares, target = (c.cpu().bincount(minlength=10) / len(c) for c in (logits.argmax(1), labels))
     kl = torch.xlogy(shares, shares / target).sum().item()
     metrics = {"fid": frechet_distance(f_real, f_fake), "precision": precision, "recall": recall}
     return metrics | {"class_kl": kl, "class_shares": [round(s, 4) for s in shares.tolist()]}
@@ -745,9 +745,9 @@ def toy_metrics(samples: Tensor, modes: Tensor, std: float) -> dict:
     3 std of the nearest mode), and the KL divergence of the modes' shares, by nearest mode, from uniform."""
     distance, nearest = torch.cdist(samples, modes).min(1)
     good = distance <= 3 * std
-    shares = nearest.bincount(minlength=len(modes)).double() / len(samples)
+    shares = nearest.bincount(minlength=len(modes)) / len(samples)
     kl = torch.xlogy(shares, shares * len(modes)).sum().item()
-    return {"modes": len(nearest[good].unique()), "high_quality": good.double().mean().item(), "mode_kl": kl}
+    return {"modes": len(nearest[good].unique()), "high_quality": good.float().mean().item(), "mode_kl": kl}
 
 
 @torch.no_grad()
@@ -789,7 +789,7 @@ def load_checkpoint(path: Path, script: str) -> dict:
     if not isinstance(state, dict) or state.get("script") != script:
         other = state.get("script") if isinstance(state, dict) else None
         fail(f"checkpoint {path} comes from {other or 'another program'}, not from {script}")
-    if missing := {"args", "step", "rng", "averaged"} - state.keys():
+    if missing := {"args", "step", "seconds", "rng", "averaged"} - state.keys():
         fail(f"checkpoint {path} is damaged: it has no {', '.join(sorted(missing))}")
     return state
 
@@ -944,7 +944,7 @@ def train(args: Args) -> Path:
     """Train, evaluate and save; returns the run folder."""
     checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt", SCRIPT) if args.resume else None
     args = resumed_args(args, checkpoint["args"]) if checkpoint else args
-    first_step = checkpoint["step"] if checkpoint else 0
+    first_step, seconds_before = (checkpoint["step"], checkpoint["seconds"]) if checkpoint else (0, 0.0)
     if first_step >= args.num_steps:
         fail(f"{args.resume} has done its {first_step} steps; give more of them with --num-steps")
     device = pick_device(args.device)
@@ -976,7 +976,7 @@ def train(args: Args) -> Path:
         num_eval = min(num_eval, len(x_eval))
         x_eval = x_eval[:num_eval]
         judge, judge_hash = load_judge(args, data, labels)
-        accuracy = (judge_images(judge, x_eval)[1].argmax(1) == y_eval[:num_eval]).double().mean().item()
+        accuracy = (judge_images(judge, x_eval)[1].argmax(1) == y_eval[:num_eval]).float().mean().item()
         floor = {"judge": judge_hash, "judge_accuracy": accuracy, "num_eval": num_eval}
         floor |= {f"floor_{k}": v for k, v in image_metrics(judge, data[:num_eval], x_eval, y_eval).items()}
         print(
@@ -1009,6 +1009,7 @@ def train(args: Args) -> Path:
     def save(step: int) -> None:
         state = {key: part.state_dict() for key, part in saved.items()}
         state |= {"script": SCRIPT, "args": vars(args), "step": step, "rng": torch.get_rng_state()}
+        state["seconds"] = seconds_before + time.time() - start
         state["rng_cuda"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         save_torch(folder / "checkpoint.pt", state | {"wandb_id": wandb_run and wandb_run.id})
 
@@ -1114,8 +1115,7 @@ def train(args: Args) -> Path:
     if step < args.num_steps:
         print(f"stopped after step {step}; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
         raise SystemExit(128 + stop[0])
-    seconds = time.time() - start
-    speed = (args.num_steps - first_step) / (seconds - paused)
+    speed, seconds = scalars["steps_per_second"], seconds_before + time.time() - start
     results = (
         metrics | floor | {"steps": step, "seconds": round(seconds, 1), "steps_per_second": round(speed, 2)}
     )
@@ -1160,4 +1160,8 @@ def main(args: Args) -> Path:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        args = tyro.cli(Args)
+    except ValueError as error:  # later versions of tyro show it themselves
+        fail(str(error))
+    main(args)
