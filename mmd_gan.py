@@ -602,25 +602,28 @@ def tile_sums(a, b, bandwidths, weights, kernel, low, high, skip_diagonal, need_
         b.new_zeros(b.shape[1], len(b)),
         b.new_zeros(len(b)),
     )  # transposed, for a faster product
+    buffers = a.new_empty(
+        2, min(TILE, len(a)) * min(TILE, len(b))
+    )  # fresh memory for each tile costs a tenth
     sums = []
     for i in range(0, len(a), TILE):
         for j in range(i if same else 0, len(b), TILE):
             rows, columns, diagonal = slice(i, i + TILE), slice(j, j + TILE), same and i == j
-            t = left[rows] @ right[columns].T
-            t = t.clamp_(max=0) if chain else t.clamp_(min=0)
+            size = len(a[rows]), len(b[columns])
+            t, slope = (buffer[: size[0] * size[1]].view(size) for buffer in buffers)
+            torch.mm(left[rows], right[columns].T, out=t)
+            t.clamp_(max=0) if chain else t.clamp_(min=0)
             if diagonal:
                 t.fill_diagonal_(0)
             if chain:
                 p = t.exp2_()
                 if diagonal and skip_diagonal:
                     p.fill_diagonal_(0)
-                total, slope = 0, None
-                for s, w in mix:
-                    if slope is None:
-                        slope = p * (w / s**2)
-                    else:
-                        slope.add_(p.square_().square_(), alpha=w / s**2)
-                    total = total + w * p.sum()
+                total = mix[0][1] * p.sum()
+                torch.mul(p, mix[0][1] / mix[0][0] ** 2, out=slope)
+                for s, w in mix[1:]:
+                    slope.add_(p.square_().square_(), alpha=w / s**2)
+                    total += w * p.sum()
             else:
                 k, slope = kernel_profile(
                     t.clamp(low, high) if low or high else t, bandwidths, weights, kernel
