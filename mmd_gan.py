@@ -164,13 +164,9 @@ class Args:
             for name, value in DEFAULTS.get(self.dataset, IMAGES).items():
                 setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
             if self.bandwidths is None:
-                on_data = self.encoder == "none" and (self.kernel, self.bandwidth_mode) == (
-                    "gaussian",
-                    "fixed",
-                )
-                self.bandwidths = (
-                    MIXTURES.get(self.dataset, MIXTURES["images"]) if on_data else MIXTURES[self.kernel]
-                )
+                gaussian = self.kernel == "gaussian" and self.bandwidth_mode == "fixed"
+                space = self.dataset if self.dataset in TOYS else "images"
+                self.bandwidths = MIXTURES[space if gaussian and self.encoder == "none" else self.kernel]
             self.eval_every = math.ceil(self.num_steps / 5) if self.eval_every is None else self.eval_every
         above_zero = "num_steps batch_size latent_dim channels feature_dim critic_steps eval_every log_every"
         limits = dict.fromkeys(above_zero.split(), (1, math.inf)) | {"seed": (0, 2**32 - 1)}
@@ -180,17 +176,10 @@ class Args:
         for name, (low, high) in limits.items():
             value, option = getattr(self, name), "--" + name.replace("_", "-")
             if value is not None and not low <= value <= high:
-                wanted = (
-                    "positive"
-                    if low > 0
-                    else f"in [{low}, {high}]"
-                    if high < 1e38
-                    else "finite, not negative"
-                )
+                bounded = f"in [{low}, {high}]" if high < 1e38 else "finite, not negative"
+                wanted = "positive" if low > 0 else bounded
                 raise ValueError(f"{option} must be {wanted}, not {value}")
-        if self.bandwidths is not None and not (
-            self.bandwidths and all(0 < s < 1e38 for s in self.bandwidths)
-        ):
+        if self.bandwidths is not None and not all(0 < s < 1e38 for s in self.bandwidths or (0,)):
             raise ValueError(f"--bandwidths must be positive, not {self.bandwidths}")
         if self.unbiased and self.batch_size == 1:
             raise ValueError("--batch-size must be at least 2, not 1, or take --no-unbiased")
@@ -225,9 +214,8 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> tuple[Tensor, T
         pixels, labels = load_digits(return_X_y=True)
         images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
         images = F.interpolate(images, size=28, mode="bilinear").squeeze(1).round().to(torch.uint8)
-        order = torch.from_numpy(
-            np.random.default_rng(0).permutation(len(images))
-        )  # the file is in writers' order
+        # The file is in the order of its writers; mix them, always in the same way.
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
         images, labels = images[order], torch.from_numpy(labels).long()[order]
         parts = [images[:1437], labels[:1437], images[1437:], labels[1437:]]
     else:
@@ -318,9 +306,7 @@ class Scale(nn.Module):
         return self.factor * x
 
 
-def make_critic(
-    feature_dim: int, channels: int, toy: bool, spectral_norm: bool, scale: float
-) -> nn.Sequential:
+def make_critic(feature_dim: int, channels: int, toy: bool, spectral_norm: bool, scale: float) -> nn.Module:
     """Image (b, 1, 28, 28) or point (b, 2) to features (b, feature_dim)."""
     sn = nn.utils.parametrizations.spectral_norm if spectral_norm else nn.Identity()
     c, act = channels, nn.LeakyReLU(0.2)
@@ -590,21 +576,15 @@ def tile_sums(a, b, bandwidths, weights, kernel, low, high, skip_diagonal, need_
     # single exponential serves the whole mixture (and exp2 is a good deal faster than exp on a CPU).
     chain = kernel == "gaussian" and low is None and high is None
     chain = chain and all(mix[0][0] == s * 2**i for i, (s, _) in enumerate(mix))
-    unit = (
-        -math.log2(math.e) / (2 * mix[0][0] ** 2) if chain else 1.0
-    )  # a tile holds unit * t: one matrix product
+    unit = -math.log2(math.e) / (2 * mix[0][0] ** 2) if chain else 1.0
+    # One matrix product makes a tile of unit * t. The gradient in b is transposed: that product is faster.
     a2, b2 = a.square().sum(1, keepdim=True), b.square().sum(1, keepdim=True)
     left = torch.cat((-2 * unit * a, unit * a2, torch.full_like(a2, unit)), 1)
     right = torch.cat((b, torch.ones_like(b2), b2), 1)
     a_t = a.T.contiguous()
     d_a, row_sums = torch.zeros_like(a), a.new_zeros(len(a), 1)
-    d_bt, column_sums = (
-        b.new_zeros(b.shape[1], len(b)),
-        b.new_zeros(len(b)),
-    )  # transposed, for a faster product
-    buffers = a.new_empty(
-        2, min(TILE, len(a)) * min(TILE, len(b))
-    )  # fresh memory for each tile costs a tenth
+    d_bt, column_sums = torch.zeros_like(b.T.contiguous()), b.new_zeros(len(b))
+    buffers = a.new_empty(2, min(TILE, len(a)) * min(TILE, len(b)))  # new memory for each tile costs time
     sums = []
     for i in range(0, len(a), TILE):
         for j in range(i if same else 0, len(b), TILE):
@@ -625,11 +605,10 @@ def tile_sums(a, b, bandwidths, weights, kernel, low, high, skip_diagonal, need_
                     slope.add_(p.square_().square_(), alpha=w / s**2)
                     total += w * p.sum()
             else:
-                k, slope = kernel_profile(
-                    t.clamp(low, high) if low or high else t, bandwidths, weights, kernel
-                )
-                if low or high:
-                    slope *= (t > low) if low else (t < high)
+                inside = t > low if low else t < high if high else None
+                t = t.clamp_(low, high) if low or high else t
+                k, slope = kernel_profile(t, bandwidths, weights, kernel)
+                slope = slope if inside is None else slope * inside
                 if diagonal and skip_diagonal:
                     k.fill_diagonal_(0)
                 total = k.sum()
@@ -722,12 +701,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 
     def share_within(points: Tensor, others: Tensor) -> float:
         reach = torch.cat([torch.cdist(b, others).kthvalue(k + 1).values for b in others.split(1000)])
-        return (
-            torch.cat([(torch.cdist(b, others) <= reach).any(1) for b in points.split(1000)])
-            .float()
-            .mean()
-            .item()
-        )
+        within = [(torch.cdist(b, others) <= reach).any(1) for b in points.split(1000)]
+        return torch.cat(within).float().mean().item()
 
     return share_within(fake, real), share_within(real, fake)
 
@@ -754,9 +729,7 @@ def toy_metrics(samples: Tensor, modes: Tensor, std: float) -> dict:
 
 
 @torch.no_grad()
-def draw_samples(
-    generator: nn.Module, latent_dim: int, count: int, seed: int, device: torch.device
-) -> Tensor:
+def draw_samples(generator: nn.Module, latent_dim: int, count: int, seed: int, device) -> Tensor:
     """Samples (count, ...) of a generator in evaluation mode; the latents have a seed of their own."""
     rng = torch.Generator().manual_seed(seed)
     latents = torch.randn(count, latent_dim, generator=rng).to(device)
@@ -866,9 +839,8 @@ class Tracker:
         try:
             import wandb
 
-            self.wandb_run.log(
-                scalars | ({"samples": wandb.Image(str(picture))} if picture else {}), step=step
-            )
+            pictures = {"samples": wandb.Image(str(picture))} if picture else {}
+            self.wandb_run.log(scalars | pictures, step=step)
         except Exception as error:
             print(f"W&B failed ({error!s:.200}); the run goes on without it", file=sys.stderr)
             self.wandb_run = None
@@ -886,9 +858,8 @@ def plot_curves(folder: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    names = dict.fromkeys(
-        k for row in rows for k, v in row.items() if k != "step" and not isinstance(v, list)
-    )
+    names = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list))
+    names.pop("step")
     figure = Figure(figsize=(14, 2.6 * math.ceil(len(names) / 4)), layout="constrained")
     for place, name in enumerate(names):
         axes = figure.add_subplot(math.ceil(len(names) / 4), 4, place + 1, title=name, xlabel="step")
@@ -926,16 +897,12 @@ def run_facts(device: torch.device) -> dict:
         try:
             import resource
 
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-                1 if sys.platform == "darwin" else 1024
-            )
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kB, on macOS in bytes
+            peak *= 1 if sys.platform == "darwin" else 1024
         except ImportError:  # Windows
             peak = math.nan
-    versions = {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-    }
+    versions = {module.__name__: module.__version__ for module in (torch, torchvision)}
+    versions["python"] = sys.version.split()[0]
     return {"peak_memory_mb": round(peak / 1e6), "device": name, "versions": versions}
 
 
@@ -961,9 +928,7 @@ def train(args: Args) -> Path:
     parts = [load_toy(args.dataset)] if toy else load_images(args.dataset, args.data_dir, args.eval_split)
     data, *labelled = (part.to(device) for part in parts)
     if args.batch_size > len(data):
-        fail(
-            f"--batch-size {args.batch_size} is more than the {len(data)} training samples of {args.dataset}"
-        )
+        fail(f"--batch-size {args.batch_size} exceeds the {len(data)} training samples of {args.dataset}")
     folder = Path(args.run_dir) / f"{args.exp_name}__{args.dataset}__{args.seed}__{int(time.time())}"
     folder = Path(args.resume) if checkpoint else folder
     try:
@@ -982,26 +947,21 @@ def train(args: Args) -> Path:
         accuracy = (judge_images(judge, x_eval)[1].argmax(1) == y_eval[:num_eval]).float().mean().item()
         floor = {"judge": judge_hash, "judge_accuracy": accuracy, "num_eval": num_eval}
         floor |= {f"floor_{k}": v for k, v in image_metrics(judge, data[:num_eval], x_eval, y_eval).items()}
-        print(
-            f"floor, training images against {args.eval_split} images: fid {floor['floor_fid']:.3f}",
-            flush=True,
-        )
+        floor_fid = floor["floor_fid"]
+        print(f"floor of fid, training against {args.eval_split} images: {floor_fid:.3f}", flush=True)
 
     generator = make_generator(args.latent_dim, args.channels, toy).to(device)
     averaged = average(generator, args.ema_decay)
     critic = make_critic(args.feature_dim, args.channels, toy, args.spectral_norm, args.feature_scale)
     critic = critic.to(device) if args.encoder == "learned" else nn.Flatten()
     kernel = Kernel(args.bandwidths, args.bandwidth_mode).to(device)
-    opt_generator = torch.optim.Adam(
-        generator.parameters(), args.lr_generator, (args.beta1, 0.999), fused=True
-    )
+    betas = args.beta1, 0.999
+    opt_generator = torch.optim.Adam(generator.parameters(), args.lr_generator, betas, fused=True)
     saved = {"generator": generator, "averaged": averaged, "critic": critic, "kernel": kernel}
     saved["opt_generator"] = opt_generator
     if args.encoder == "learned":
         learned = [*critic.parameters(), *kernel.parameters()]
-        saved["opt_critic"] = opt_critic = torch.optim.Adam(
-            learned, args.lr_critic, (args.beta1, 0.999), fused=True
-        )
+        opt_critic = saved["opt_critic"] = torch.optim.Adam(learned, args.lr_critic, betas, fused=True)
     if checkpoint:
         for key, part in saved.items():
             part.load_state_dict(checkpoint[key])
@@ -1017,9 +977,8 @@ def train(args: Args) -> Path:
         save_torch(folder / "checkpoint.pt", state | {"wandb_id": wandb_run and wandb_run.id})
 
     def evaluate(step: int) -> dict:
-        samples = draw_samples(
-            averaged, args.latent_dim, max(num_eval, 2500 if toy else 100), args.seed, device
-        )
+        count = max(num_eval, 2500 if toy else 100)
+        samples = draw_samples(averaged, args.latent_dim, count, args.seed, device)
         for name in (f"samples_{step:06d}.png", "samples.png"):
             save_picture(folder / name, samples, data)
         if not num_eval:
@@ -1049,13 +1008,13 @@ def train(args: Args) -> Path:
                 fake = generator(latent())
             h_real, h_fake = critic(torch.cat((real, fake))).chunk(2)
             unit, (bandwidths, weights) = kernel.unit(h_real, h_fake), kernel.mixture()
-            means = kernel_means(
-                h_real / unit, h_fake / unit, bandwidths, args.kernel, args.unbiased, weights, bounds
-            )
+            h_real, h_fake = h_real / unit, h_fake / unit
+            mix = bandwidths, args.kernel, args.unbiased, weights
+            means = kernel_means(h_real, h_fake, *mix, bounds)
             loss = loss_critic = critic_loss(*means, args.repulsion)
             if args.gradient_penalty:
-                mix = h_real / unit, h_fake / unit, bandwidths, args.kernel, weights
-                penalty = gradient_penalty(critic, unit, real, fake, *mix)
+                inputs = critic, unit, real, fake, h_real, h_fake
+                penalty = gradient_penalty(*inputs, bandwidths, args.kernel, weights)
                 loss = loss_critic + args.gradient_penalty * penalty
             opt_critic.param_groups[0]["lr"] = args.lr_critic * rate
             opt_critic.zero_grad()
@@ -1067,9 +1026,8 @@ def train(args: Args) -> Path:
             h_real, (bandwidths, weights) = critic(draw_batch(data, args.batch_size)), kernel.mixture()
         h_fake = critic(generator(latent()))
         unit = kernel.unit(h_real, h_fake)
-        k_xx, k_yy, k_xy = kernel_means(
-            h_real / unit, h_fake / unit, bandwidths, args.kernel, args.unbiased, weights
-        )
+        mix = bandwidths, args.kernel, args.unbiased, weights
+        k_xx, k_yy, k_xy = kernel_means(h_real / unit, h_fake / unit, *mix)
         loss_generator = k_xx + k_yy - 2 * k_xy
         opt_generator.param_groups[0]["lr"] = args.lr_generator * rate
         opt_generator.zero_grad()
@@ -1119,9 +1077,7 @@ def train(args: Args) -> Path:
         print(f"stopped after step {step}; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
         raise SystemExit(128 + stop[0])
     speed, seconds = scalars["steps_per_second"], seconds_before + time.time() - start
-    results = (
-        metrics | floor | {"steps": step, "seconds": round(seconds, 1), "steps_per_second": round(speed, 2)}
-    )
+    results = metrics | floor | {"steps": step, "seconds": seconds, "steps_per_second": speed}
     results |= run_facts(device)
     write_file(folder / "results.json", json.dumps(results, indent=2))
     print("\n".join(f"{name:>20}  {value}" for name, value in results.items()))
