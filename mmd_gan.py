@@ -61,7 +61,7 @@ TOYS = ("ring", "grid")
 BOUNDS = (0.25, 4.0)  # on squared distances in the bounded kernel, for sigma = 1 (Wang et al. 2019)
 TOY = {"num_steps": 30_000, "batch_size": 256, "latent_dim": 2, "encoder": "none"}  # 2-D needs no encoder
 IMAGES = {"num_steps": 8000, "batch_size": 64, "latent_dim": 32, "encoder": "learned"}
-DEFAULTS = {"digits": IMAGES | {"num_steps": 2000}, "ring": TOY | {"num_steps": 20_000}, "grid": TOY}
+DEFAULTS = {"digits": IMAGES | {"num_steps": 1500}, "ring": TOY | {"num_steps": 20_000}, "grid": TOY}
 # The kernel mixture, by kernel, or by data set where the kernel acts on the data itself: from the width of a
 # mode to the width of the whole, in steps of two.
 MIXTURES = {
