@@ -1078,8 +1078,10 @@ def train(args: Args) -> Path:
     if step < args.num_steps:
         print(f"stopped after step {step}; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
         raise SystemExit(128 + stop[0])
-    speed, seconds = scalars["steps_per_second"], seconds_before + time.time() - start
-    results = metrics | floor | {"steps": step, "seconds": seconds, "steps_per_second": speed}
+    seconds, speed = seconds_before + time.time() - start, scalars["steps_per_second"]
+    results = (
+        metrics | floor | {"steps": step, "seconds": round(seconds), "steps_per_second": round(speed, 2)}
+    )
     results |= run_facts(device)
     write_file(folder / "results.json", json.dumps(results, indent=2))
     print("\n".join(f"{name:>20}  {value}" for name, value in results.items()))
