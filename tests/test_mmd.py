@@ -193,6 +193,18 @@ def test_backward_accumulates_into_leaves():
     torch.testing.assert_close(ours, net.weight.grad)
 
 
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("kernel, bandwidths", KERNELS)
+def test_small_batches_of_one_size(kernel, bandwidths, unbiased):
+    """x and y of one small size take a short cut, with the same means and gradients."""
+    x, y = cloud(7, 3).requires_grad_(), (cloud(7, 3, 1) + 0.5).requires_grad_()
+    results = []
+    for road in ("tiled", "dense"):
+        means = kernel_means(x, y, bandwidths, kernel, unbiased, road=road)
+        results.append([*means, *grad(1.3 * means[0] - 0.7 * means[1] + 2.2 * means[2], (x, y))])
+    torch.testing.assert_close(*results)
+
+
 # First and second derivatives
 
 
