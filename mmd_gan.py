@@ -564,8 +564,8 @@ class TiledMeans(torch.autograd.Function):
             grads = torch.autograd.grad(means, inputs, g_means, create_graph=True)
             grad_x, grad_y = grads[0] if need[0] else None, grads[-1] if need[1] else None
         else:
-            grad_x = g_xx * d_xx + g_xy * d_xy if need[0] else None
-            grad_y = g_yy * d_yy + g_xy * d_yx if need[1] else None
+            grad_x = (g_xx * d_xx).addcmul_(g_xy, d_xy) if need[0] else None
+            grad_y = (g_yy * d_yy).addcmul_(g_xy, d_yx) if need[1] else None
         return grad_x, grad_y, None, None, None, None, None
 
 
@@ -581,8 +581,8 @@ def chain_profile(p: Tensor, mix: list, slope: Tensor) -> tuple[Tensor, Tensor]:
     total = mix[0][1] * p.sum((-2, -1))
     torch.mul(p, mix[0][1] / mix[0][0] ** 2, out=slope)
     for s, w in mix[1:]:
-        slope.add_(p.square_().square_(), alpha=w / s**2)
-        total += w * p.sum((-2, -1))
+        slope.add_(p.mul_(p).mul_(p), alpha=w / s**2)
+        total.add_(p.sum((-2, -1)), alpha=w)
     return total, slope
 
 
@@ -590,13 +590,14 @@ def batched_sums(x: Tensor, y_own: Tensor, y: Tensor, bandwidths, weights, kerne
     """tile_sums of (x, x), (y, y) and (x, y) at once, for small x and y of one shape (n, d); y_own is y
     centred on itself. It makes a third of the calls, and calls are what a small batch spends its time on."""
     mix = sorted(zip(bandwidths, weights), reverse=True)
-    unit = chain_unit(mix, kernel)
+    unit = chain_unit(mix, kernel) or 1.0
     a, b = torch.stack((x, y_own, x)), torch.stack((x, y_own, y))
     a2, b2 = a.square().sum(2, keepdim=True), b.square().sum(2).unsqueeze(1)
-    t = torch.baddbmm(a2 + b2, a, b.mT, alpha=-2).clamp_(min=0)  # (3, n, n)
+    t = (a2 + b2).baddbmm_(a, b.mT, beta=unit, alpha=-2 * unit)  # (3, n, n), in units of the chain
+    t.clamp_(max=0) if unit < 0 else t.clamp_(min=0)
     t[:2].diagonal(dim1=1, dim2=2).zero_()
-    if unit:
-        p = t.mul_(unit).exp2_()
+    if unit < 0:
+        p = t.exp2_()
         if unbiased:
             p[:2].diagonal(dim1=1, dim2=2).zero_()
         sums, slope = chain_profile(p, mix, torch.empty_like(p))
@@ -605,8 +606,8 @@ def batched_sums(x: Tensor, y_own: Tensor, y: Tensor, bandwidths, weights, kerne
         if unbiased:
             k[:2].diagonal(dim1=1, dim2=2).zero_()
         sums = k.sum((1, 2))
-    d_a = torch.baddbmm(a * slope.sum(2, keepdim=True), slope, b, beta=-1)
-    return sums, d_a, slope[2].T @ x - slope[2].sum(0)[:, None] * y
+    d_a = (a * slope.sum(2, keepdim=True)).baddbmm_(slope, b, beta=-1)
+    return sums, d_a, (slope[2].sum(0)[:, None] * y).addmm_(slope[2].T, x, beta=-1)
 
 
 def tile_sums(a, b, bandwidths, weights, kernel, low, high, skip_diagonal, need_a, need_b):
