@@ -11,8 +11,8 @@ for n points x ~ N(0, 1) and as many y ~ N(0.5, 1) in d dimensions:
 - mmd2: the loss as mmd_gan.py uses it;
 - mmd2 dense: the same function forced to plain torch (road="dense").
 
-Times: after a warm-up each round runs every implementation once, in random order, so that a machine that
-drifts hits all alike; the table has the median and the quartiles. Errors: relative to float64, as norms.
+Times: each round runs every implementation twice, in random order, so that a machine that drifts hits all
+alike, and counts the second; the table has the median and the quartiles. Errors: relative to float64, as norms.
 Memory: what one evaluation adds at its peak, gradients included; on the CPU the rise of the resident memory
 of a fresh process which has warmed up on four points and whose malloc gives freed memory back at once, on
 CUDA what torch's allocator says.
@@ -57,7 +57,7 @@ class Args:
     threads: int | None = None
     """CPU threads (default: torch's choice)"""
     repeats: int = 15
-    """timed runs per row; below n = 1024 as many times more as n is smaller"""
+    """timed runs per row at n = 1024; for other n as many times more or fewer, and at least 3"""
     max_n: int = ALONE
     """leave larger inputs out"""
     markdown: str | None = None
@@ -176,11 +176,10 @@ def measure(n: int, d: int, args: Args, threads: int) -> list[list[str]]:
             pairs = zip(evaluate(form, x, y), exact)
             errors[form] = [f"{float((got.double() - want).norm() / want.norm()):.0e}" for got, want in pairs]
     times = {form: [] for form in forms}
-    for i in range(-2, args.repeats * max(1, 1024 // n)):
+    for _ in range(max(3, args.repeats * 1024 // n)):
         for form in random.sample(forms, len(forms)):
-            ms = time_once(form, x, y)
-            if i >= 0:  # the first two rounds warm up
-                times[form].append(ms)
+            time_once(form, x, y)  # as in training: after itself, not on memory that another one gave back
+            times[form].append(time_once(form, x, y))
     rows = []
     for form in forms:
         low, median, high = np.quantile(times[form], (0.25, 0.5, 0.75))
