@@ -44,6 +44,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -714,7 +716,7 @@ def load_judge(args, images: Tensor, labels: Tensor) -> tuple[Judge, str]:
     except Exception:  # not there yet, or damaged
         print(f"training the judge of the images, once; it is kept in {path}", flush=True)
         judge = train_judge(images, labels)
-        save_torch(path, judge.state_dict())
+        write_file(path, judge.state_dict())
     weights = b"".join(v.cpu().numpy().tobytes() for v in judge.state_dict().values())
     return judge, hashlib.sha256(weights).hexdigest()[:12]
 
@@ -768,6 +770,36 @@ def toy_metrics(samples: Tensor, modes: Tensor, std: float) -> dict:
     return {"modes": len(nearest[good].unique()), "high_quality": good.float().mean().item(), "mode_kl": kl}
 
 
+class Evaluation:
+    """Measures samples: points by a toy's modes, images by the judge against images that are held out.
+
+    `data` are the training samples, `held` their labels and the images (n, 28, 28) and labels of the other
+    part; `facts` says of results.json which judge it was, and its metrics for training images: the floor.
+    """
+
+    def __init__(self, args, data: Tensor, held: list[Tensor]):
+        self.modes = toy_modes(args.dataset) if not held else None
+        self.count, self.facts = args.num_eval_samples, {}
+        if held and self.count:
+            labels, x, y = held
+            self.count = min(self.count, len(x))
+            self.judge, judge_hash = load_judge(args, data, labels)
+            self.images, self.labels = x[: self.count], y
+            hits = judge_images(self.judge, self.images)[1].argmax(1) == y[: self.count]
+            self.facts = {"judge": judge_hash, "judge_accuracy": hits.float().mean().item()}
+            floor = self(data[: self.count])
+            self.facts |= {"num_eval": self.count} | {f"floor_{name}": v for name, v in floor.items()}
+            print(f"floor of fid, training against {args.eval_split} images: {floor['fid']:.3f}", flush=True)
+
+    def __call__(self, samples: Tensor) -> dict:
+        """Metrics of images (n, ...) or points (n, 2), of which the first num_eval_samples count."""
+        if not self.count:
+            return {}
+        if self.modes:
+            return toy_metrics(samples[: self.count].cpu(), *self.modes)
+        return image_metrics(self.judge, samples[: self.count], self.images, self.labels)
+
+
 @torch.no_grad()
 def draw_samples(generator: nn.Module, latent_dim: int, count: int, seed: int, device) -> Tensor:
     """Samples (count, ...) of a generator in evaluation mode; the latents have a seed of their own."""
@@ -780,18 +812,14 @@ def draw_samples(generator: nn.Module, latent_dim: int, count: int, seed: int, d
 # Run folder and tracking
 
 
-def write_file(path: Path, content: bytes | str) -> None:
-    """Write beside the file and rename into place: nobody ever sees half a file."""
+def write_file(path: Path, content: str | bytes | dict) -> None:
+    """Write text, bytes or, by torch.save, a state beside the file and rename: nobody sees half a file."""
+    if isinstance(content, dict):
+        torch.save(content, buffer := io.BytesIO())
+        content = buffer.getvalue()
     beside = path.with_name(path.name + ".tmp")
     beside.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(beside, path)
-
-
-def save_torch(path: Path, state: dict) -> None:
-    """torch.save by way of write_file."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_file(path, buffer.getvalue())
 
 
 def load_checkpoint(path: Path, script: str) -> dict:
@@ -830,27 +858,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def start_wandb(args, name: str, run_id: str | None):
-    """A W&B run, going on with run_id if given; an offline one if W&B is out of reach."""
-    import wandb
-
-    options = {
-        "project": args.wandb_project_name,
-        "entity": args.wandb_entity,
-        "id": run_id,
-        "resume": "allow",
-    }
-    options |= {"name": name, "config": vars(args), "dir": args.run_dir}
-    try:
-        return wandb.init(**options)
-    except Exception as error:
-        print(
-            f"W&B is out of reach ({error!s:.200}); logging offline, `wandb sync` sends it later",
-            file=sys.stderr,
-        )
-        return wandb.init(**options, mode="offline")
-
-
 def check_wandb() -> None:
     """Leave with one line unless W&B is installed and either logged in to or offline."""
     try:
@@ -862,35 +869,18 @@ def check_wandb() -> None:
         fail("--track: you are not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
 
 
-class Tracker:
-    """Writes scalars to metrics.jsonl, and under --track scalars and pictures to W&B."""
+def start_wandb(args, name: str, run_id: str | None):
+    """A W&B run, going on with run_id if given; an offline one if W&B is out of reach."""
+    import wandb
 
-    def __init__(self, folder: Path, wandb_run, first_step: int):
-        self.path, self.wandb_run = folder / "metrics.jsonl", wandb_run
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        # What an interrupted run wrote after its last checkpoint will be written again.
-        write_file(self.path, "".join(f"{s}\n" for s in lines if json.loads(s)["step"] <= first_step))
-
-    def log(self, step: int, scalars: dict, picture: Path | None = None) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
-        if self.wandb_run is None:
-            return
-        try:
-            import wandb
-
-            pictures = {"samples": wandb.Image(str(picture))} if picture else {}
-            self.wandb_run.log(scalars | pictures, step=step)
-        except Exception as error:
-            print(f"W&B failed ({error!s:.200}); the run goes on without it", file=sys.stderr)
-            self.wandb_run = None
-
-    def finish(self) -> None:
-        try:
-            if self.wandb_run is not None:
-                self.wandb_run.finish()
-        except Exception as error:
-            print(f"W&B failed ({error!s:.200}); the run is in {self.path.parent}", file=sys.stderr)
+    options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": run_id}
+    options |= {"resume": "allow", "config": vars(args), "dir": args.run_dir}
+    try:
+        return wandb.init(**options)
+    except Exception as error:
+        offline = "logging offline, `wandb sync` sends it later"
+        print(f"W&B is out of reach ({error!s:.200}); {offline}", file=sys.stderr)
+        return wandb.init(**options, mode="offline")
 
 
 def plot_curves(folder: Path) -> None:
@@ -906,8 +896,7 @@ def plot_curves(folder: Path) -> None:
         points = [(row["step"], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points), marker="o" if len(points) < 20 else None, markersize=3)
         axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=70)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=70)
     write_file(folder / "curves.png", buffer.getvalue())
 
 
@@ -946,6 +935,145 @@ def run_facts(device: torch.device) -> dict:
     return {"peak_memory_mb": round(peak / 1e6), "device": name, "versions": versions}
 
 
+class Run:
+    """A run: its folder, its steps, its checkpoints, and its twin at W&B."""
+
+    def __init__(self, args, script: str, checkpoint: dict | None, device: torch.device):
+        self.args, self.script, self.checkpoint, self.device = args, script, checkpoint or {}, device
+        self.step, self.seconds = self.checkpoint.get("step", 0), self.checkpoint.get("seconds", 0.0)
+        self.first_step = self.last_saved = self.step
+        if self.step >= args.num_steps:
+            fail(f"{args.resume} has done its {self.step} steps; give more of them with --num-steps")
+        if args.track:
+            check_wandb()
+        name = f"{args.exp_name}__{args.dataset}__{args.seed}__{int(time.time())}"
+        self.folder = Path(args.resume or Path(args.run_dir) / name)
+        self.metrics_file = self.folder / "metrics.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+            lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
+            # What an interrupted run wrote after its last checkpoint will be written again.
+            lines = [f"{line}\n" for line in lines if json.loads(line)["step"] <= self.step]
+            write_file(self.metrics_file, "".join(lines))
+            write_file(self.folder / "args.json", json.dumps(vars(args), indent=2))
+        except OSError as error:
+            fail(f"cannot write the run folder {self.folder} ({error.strerror}); name another with --run-dir")
+        wandb_id = self.checkpoint.get("wandb_id")
+        self.wandb_run = start_wandb(args, self.folder.name, wandb_id) if args.track else None
+        self.wandb_id = self.wandb_run.id if self.wandb_run else wandb_id
+        self.parts, self.stopped, self.scalars, self.metrics = {}, [], {}, {}
+
+    def hold(self, **parts) -> None:
+        """Networks and optimizers that a checkpoint holds; a resumed run's take their state from it."""
+        self.parts = parts
+        if self.checkpoint:
+            for name, part in parts.items():
+                part.load_state_dict(self.checkpoint[name])
+            torch.set_rng_state(self.checkpoint["rng"])
+            if self.device.type == "cuda" and self.checkpoint["rng_cuda"] is not None:
+                torch.cuda.set_rng_state(self.checkpoint["rng_cuda"], self.device)
+
+    def save(self) -> None:
+        """Write checkpoint.pt."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {
+            "script": self.script,
+            "args": vars(self.args),
+            "step": self.step,
+            "rng": torch.get_rng_state(),
+        }
+        state["rng_cuda"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        state |= {"seconds": self.seconds + time.time() - self.start, "wandb_id": self.wandb_id}
+        write_file(self.folder / "checkpoint.pt", state)
+        self.last_saved = self.step
+
+    def due(self, every: int) -> bool:
+        """Whether what is done every so many steps, and after the last one, is to be done now."""
+        return self.step % every == 0 or self.step == self.args.num_steps
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps to do. After Ctrl-C or SIGTERM the step at hand is the last, and saved."""
+        signals = signal.SIGINT, signal.SIGTERM
+        handlers = [signal.signal(s, lambda number, _: self.stopped.append(number)) for s in signals]
+        total, self.start, self.paused = self.args.num_steps, time.time(), 0.0
+        self.bar = tqdm(total=total, initial=self.step, desc=self.script, disable=None, dynamic_ncols=True)
+        while self.step < total and not self.stopped:
+            self.step += 1
+            yield self.step
+            self.bar.update()
+            if self.stopped or self.due(self.args.eval_every):
+                self.save()
+        self.bar.close()
+        for number, handler in zip(signals, handlers):
+            signal.signal(number, handler)
+
+    def log(self, scalars: dict[str, Tensor | float], evaluate: Callable[[], dict]) -> None:
+        """Write a step's scalars and, when it is due, evaluate() and the samples.png that it has drawn."""
+        evaluated = self.due(self.args.eval_every)
+        self.scalars = {name: torch.as_tensor(value).item() for name, value in scalars.items()}
+        finite = all(map(math.isfinite, self.scalars.values()))
+        if evaluated:
+            modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+            finite &= all(bool(v.isfinite().all()) for part in modules for v in part.state_dict().values())
+        if not finite:
+            self.bar.close()
+            kept = (
+                f"{self.folder / 'checkpoint.pt'} of step {self.last_saved}"
+                if self.last_saved
+                else "none yet"
+            )
+            what = f"the loss is not finite at step {self.step}: {self.scalars}"
+            fail(f"{what}; last good checkpoint: {kept}; try lower learning rates")
+        done = self.step - self.first_step
+        self.scalars["steps_per_second"] = done / (time.time() - self.start - self.paused)
+        row, pictures = {"step": self.step} | self.scalars, {}
+        if evaluated:
+            pause = time.time()
+            self.metrics = evaluate()
+            self.paused += time.time() - pause
+            row, pictures = row | self.metrics, {"samples": self.folder / "samples.png"}
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.log_wandb(row, pictures)
+        shown = {name: f"{value:.3g}" for name, value in self.metrics.items() if not isinstance(value, list)}
+        loss = next(iter(self.scalars.values()))
+        self.bar.set_postfix(loss=f"{loss:.4f}", **shown, refresh=False)
+        if evaluated and shown:
+            self.bar.write(f"step {self.step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+
+    def log_wandb(self, row: dict, pictures: dict[str, Path], last: bool = False) -> None:
+        """Send what there is to W&B, whose failures never cost a trained model."""
+        if self.wandb_run is None:
+            return
+        try:
+            import wandb
+
+            if row:
+                row = row | {name: wandb.Image(str(path)) for name, path in pictures.items()}
+                self.wandb_run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            if last:
+                self.wandb_run.finish()
+        except Exception as error:
+            print(f"W&B failed ({error!s:.200}); the run goes on in {self.folder}", file=sys.stderr)
+            self.wandb_run = None
+
+    def finish(self, facts: dict) -> Path:
+        """Draw the curves; of a run that is done write results.json, with facts in it; returns the folder."""
+        plot_curves(self.folder)
+        self.log_wandb({}, {}, last=True)
+        if self.step < self.args.num_steps:
+            go_on = f"go on with: python {self.script}.py --resume {self.folder}"
+            print(f"stopped after step {self.step}; {go_on}", file=sys.stderr)
+            raise SystemExit(128 + self.stopped[0])
+        seconds, speed = self.seconds + time.time() - self.start, self.scalars["steps_per_second"]
+        results = self.metrics | facts | {"steps": self.step, "seconds": round(seconds)}
+        results |= {"steps_per_second": round(speed, 2)} | run_facts(self.device)
+        write_file(self.folder / "results.json", json.dumps(results, indent=2))
+        print("\n".join(f"{name:>20}  {value}" for name, value in results.items()))
+        print("\n".join(f"{self.folder / name}" for name in ("samples.png", "curves.png", "checkpoint.pt")))
+        return self.folder
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Training
 
@@ -954,94 +1082,51 @@ def train(args: Args) -> Path:
     """Train, evaluate and save; returns the run folder."""
     checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt", SCRIPT) if args.resume else None
     args = resumed_args(args, checkpoint["args"]) if checkpoint else args
-    first_step, seconds_before = (checkpoint["step"], checkpoint["seconds"]) if checkpoint else (0, 0.0)
-    if first_step >= args.num_steps:
-        fail(f"{args.resume} has done its {first_step} steps; give more of them with --num-steps")
     device = pick_device(args.device)
-    if args.track:
-        check_wandb()
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)
-
     toy = args.dataset in TOYS
     parts = [load_toy(args.dataset)] if toy else load_images(args.dataset, args.data_dir, args.eval_split)
-    data, *labelled = (part.to(device) for part in parts)
+    data, *held = (part.to(device) for part in parts)
     if args.batch_size > len(data):
         fail(f"--batch-size {args.batch_size} exceeds the {len(data)} training samples of {args.dataset}")
-    folder = Path(args.run_dir) / f"{args.exp_name}__{args.dataset}__{args.seed}__{int(time.time())}"
-    folder = Path(args.resume) if checkpoint else folder
-    try:
-        folder.mkdir(parents=True, exist_ok=bool(checkpoint))
-        write_file(folder / "args.json", json.dumps(vars(args), indent=2))
-    except OSError as error:
-        fail(f"cannot write the run folder {folder} ({error.strerror}); choose another place with --run-dir")
-    wandb_run = start_wandb(args, folder.name, checkpoint and checkpoint["wandb_id"]) if args.track else None
-    tracker = Tracker(folder, wandb_run, first_step)
-    num_eval, floor = args.num_eval_samples, {}
-    if num_eval and not toy:
-        labels, x_eval, y_eval = labelled
-        num_eval = min(num_eval, len(x_eval))
-        x_eval = x_eval[:num_eval]
-        judge, judge_hash = load_judge(args, data, labels)
-        accuracy = (judge_images(judge, x_eval)[1].argmax(1) == y_eval[:num_eval]).float().mean().item()
-        floor = {"judge": judge_hash, "judge_accuracy": accuracy, "num_eval": num_eval}
-        floor |= {f"floor_{k}": v for k, v in image_metrics(judge, data[:num_eval], x_eval, y_eval).items()}
-        floor_fid = floor["floor_fid"]
-        print(f"floor of fid, training against {args.eval_split} images: {floor_fid:.3f}", flush=True)
+    run = Run(args, SCRIPT, checkpoint, device)
+    evaluation = Evaluation(args, data, held)
 
     generator = make_generator(args.latent_dim, args.channels, toy).to(device)
     averaged = average(generator, args.ema_decay)
     critic = make_critic(args.feature_dim, args.channels, toy, args.spectral_norm, args.feature_scale)
     critic = critic.to(device) if args.encoder == "learned" else nn.Flatten()
     kernel = Kernel(args.bandwidths, args.bandwidth_mode).to(device)
-    betas = args.beta1, 0.999
-    opt_generator = torch.optim.Adam(generator.parameters(), args.lr_generator, betas, fused=True)
-    saved = {"generator": generator, "averaged": averaged, "critic": critic, "kernel": kernel}
-    saved["opt_generator"] = opt_generator
+    adam = partial(torch.optim.Adam, betas=(args.beta1, 0.999), fused=True)
+    optimizers = {"opt_generator": adam(generator.parameters(), args.lr_generator)}
     if args.encoder == "learned":
-        learned = [*critic.parameters(), *kernel.parameters()]
-        opt_critic = saved["opt_critic"] = torch.optim.Adam(learned, args.lr_critic, betas, fused=True)
-    if checkpoint:
-        for key, part in saved.items():
-            part.load_state_dict(checkpoint[key])
-        torch.set_rng_state(checkpoint["rng"])
-        if device.type == "cuda" and checkpoint["rng_cuda"] is not None:
-            torch.cuda.set_rng_state(checkpoint["rng_cuda"], device)
-
-    def save(step: int) -> None:
-        state = {key: part.state_dict() for key, part in saved.items()}
-        state |= {"script": SCRIPT, "args": vars(args), "step": step, "rng": torch.get_rng_state()}
-        state["seconds"] = seconds_before + time.time() - start
-        state["rng_cuda"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        save_torch(folder / "checkpoint.pt", state | {"wandb_id": wandb_run and wandb_run.id})
-
-    def evaluate(step: int) -> dict:
-        count = max(num_eval, 2500 if toy else 100)
-        samples = draw_samples(averaged, args.latent_dim, count, args.seed, device)
-        for name in (f"samples_{step:06d}.png", "samples.png"):
-            save_picture(folder / name, samples, data)
-        if not num_eval:
-            return {}
-        if toy:
-            return toy_metrics(samples[:num_eval].cpu(), *toy_modes(args.dataset))
-        return image_metrics(judge, samples[:num_eval], x_eval, y_eval)
+        optimizers["opt_critic"] = adam([*critic.parameters(), *kernel.parameters()], args.lr_critic)
+    run.hold(generator=generator, averaged=averaged, critic=critic, kernel=kernel, **optimizers)
+    bounds = BOUNDS if args.bounded_kernel else None
 
     def latent() -> Tensor:
         return torch.randn(args.batch_size, args.latent_dim, device=device)
 
-    stop = []  # Ctrl-C and SIGTERM: end the step, save, leave
-    handlers = {
-        s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
-    }
-    start, paused, last_good = time.time(), 0.0, first_step
-    metrics, bounds = {}, BOUNDS if args.bounded_kernel else None
-    bar = tqdm(total=args.num_steps, initial=first_step, desc=SCRIPT, disable=None, dynamic_ncols=True)
-    for step in range(first_step + 1, args.num_steps + 1):
+    def update(name: str, loss: Tensor, lr: float) -> None:
         # Learning rates stay, and in the last part of the run fall linearly to zero.
-        rate = min(1.0, (args.num_steps + 1 - step) / max(1.0, args.lr_decay * args.num_steps))
+        rate = min(1.0, (args.num_steps + 1 - run.step) / max(1.0, args.lr_decay * args.num_steps))
+        optimizers[name].param_groups[0]["lr"] = lr * rate
+        optimizers[name].zero_grad()
+        loss.backward()
+        optimizers[name].step()
 
+    def evaluate() -> dict:
+        count = max(evaluation.count, 2500 if toy else 100)
+        samples = draw_samples(averaged, args.latent_dim, count, args.seed, device)
+        for name in (f"samples_{run.step:06d}.png", "samples.png"):
+            save_picture(run.folder / name, samples, data)
+        return evaluation(samples)
+
+    for _ in run.steps():
         # The critic minimises  lambda k_xx - (lambda - 1) k_xy - k_yy  and its regulariser.
+        scalars = {}
         for _ in range(args.critic_steps if args.encoder == "learned" else 0):
             real = draw_batch(data, args.batch_size)
             with torch.no_grad():
@@ -1049,17 +1134,13 @@ def train(args: Args) -> Path:
             h_real, h_fake = critic(torch.cat((real, fake))).chunk(2)
             unit, (bandwidths, weights) = kernel.unit(h_real, h_fake), kernel.mixture()
             h_real, h_fake = h_real / unit, h_fake / unit
-            mix = bandwidths, args.kernel, args.unbiased, weights
-            means = kernel_means(h_real, h_fake, *mix, bounds)
-            loss = loss_critic = critic_loss(*means, args.repulsion)
+            means = kernel_means(h_real, h_fake, bandwidths, args.kernel, args.unbiased, weights, bounds)
+            loss = scalars["loss_critic"] = critic_loss(*means, args.repulsion)
             if args.gradient_penalty:
-                inputs = critic, unit, real, fake, h_real, h_fake
-                penalty = gradient_penalty(*inputs, bandwidths, args.kernel, weights)
-                loss = loss_critic + args.gradient_penalty * penalty
-            opt_critic.param_groups[0]["lr"] = args.lr_critic * rate
-            opt_critic.zero_grad()
-            loss.backward()
-            opt_critic.step()
+                inputs = critic, unit, real, fake, h_real, h_fake, bandwidths, args.kernel, weights
+                penalty = scalars["gradient_penalty"] = gradient_penalty(*inputs)
+                loss = loss + args.gradient_penalty * penalty
+            update("opt_critic", loss, args.lr_critic)
 
         # The generator minimises MMD^2 in the critic's features, without bounds.
         with torch.no_grad():
@@ -1068,63 +1149,16 @@ def train(args: Args) -> Path:
         unit = kernel.unit(h_real, h_fake)
         mix = bandwidths, args.kernel, args.unbiased, weights
         k_xx, k_yy, k_xy = kernel_means(h_real / unit, h_fake / unit, *mix)
-        loss_generator = k_xx + k_yy - 2 * k_xy
-        opt_generator.param_groups[0]["lr"] = args.lr_generator * rate
-        opt_generator.zero_grad()
-        loss_generator.backward()
-        opt_generator.step()
+        loss = k_xx + k_yy - 2 * k_xy
+        update("opt_generator", loss, args.lr_generator)
         averaged.update_parameters(generator)
-        bar.update()
 
-        # Now and then: read the scalars, draw and measure samples, save.
-        due = step % args.eval_every == 0 or step == args.num_steps
-        if due or step % args.log_every == 0:
-            scalars = {"loss_generator": loss_generator, "k_xx": k_xx, "k_yy": k_yy, "k_xy": k_xy}
-            if args.encoder == "learned":
-                scalars["loss_critic"] = loss_critic
-            if args.gradient_penalty:
-                scalars["gradient_penalty"] = penalty
-            scalars = {name: value.item() for name, value in scalars.items()}
-            finite = all(map(math.isfinite, scalars.values()))
-            if not finite or (due and not all(v.isfinite().all() for v in averaged.state_dict().values())):
-                bar.close()
-                kept = f"{folder / 'checkpoint.pt'} of step {last_good}" if last_good else "none yet"
-                what = f"the loss is not finite at step {step}: {scalars}"
-                fail(f"{what}; last good checkpoint: {kept}; try a lower --lr-generator and --lr-critic")
+        if run.due(args.log_every) or run.due(args.eval_every):
+            scalars = {"loss_generator": loss, "k_xx": k_xx, "k_yy": k_yy, "k_xy": k_xy} | scalars
             if args.bandwidth_mode != "fixed":
-                scalars |= {f"bandwidth_{i}": float(s * unit) for i, s in enumerate(bandwidths)}
-            scalars["steps_per_second"] = (step - first_step) / (time.time() - start - paused)
-            if due:
-                pause = time.time()
-                metrics = evaluate(step)
-                paused += time.time() - pause
-            tracker.log(step, scalars | (metrics if due else {}), folder / "samples.png" if due else None)
-            shown = {name: f"{value:.3g}" for name, value in metrics.items() if not isinstance(value, list)}
-            bar.set_postfix(loss=f"{scalars['loss_generator']:.4f}", **shown, refresh=False)
-            if due and metrics:
-                bar.write(f"step {step}: " + "  ".join(f"{name} {value}" for name, value in shown.items()))
-        if due or stop:
-            save(step)
-            last_good = step
-        if stop:
-            break
-    bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    plot_curves(folder)
-    tracker.finish()
-    if step < args.num_steps:
-        print(f"stopped after step {step}; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
-        raise SystemExit(128 + stop[0])
-    seconds, speed = seconds_before + time.time() - start, scalars["steps_per_second"]
-    results = (
-        metrics | floor | {"steps": step, "seconds": round(seconds), "steps_per_second": round(speed, 2)}
-    )
-    results |= run_facts(device)
-    write_file(folder / "results.json", json.dumps(results, indent=2))
-    print("\n".join(f"{name:>20}  {value}" for name, value in results.items()))
-    print("\n".join(f"{folder / name}" for name in ("samples.png", "curves.png", "checkpoint.pt")))
-    return folder
+                scalars |= {f"bandwidth_{i}": s * unit for i, s in enumerate(bandwidths)}
+            run.log(scalars, evaluate)
+    return run.finish(evaluation.facts)
 
 
 def generate(args: Args) -> Path:

@@ -12,7 +12,8 @@ for n points x ~ N(0, 1) and as many y ~ N(0.5, 1) in d dimensions:
 - mmd2 dense: the same function forced to plain torch (road="dense").
 
 Times: each round runs every implementation twice, in random order, so that a machine that drifts hits all
-alike, and counts the second; the table has the median and the quartiles. Errors: relative to float64, as norms.
+alike, and counts the second; the table has the median and the quartiles. Errors: relative to float64, as
+norms.
 Memory: what one evaluation adds at its peak, gradients included; on the CPU the rise of the resident memory
 of a fresh process which has warmed up on four points and whose malloc gives freed memory back at once, on
 CUDA what torch's allocator says.

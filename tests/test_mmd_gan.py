@@ -707,7 +707,7 @@ def test_loss_that_is_not_finite(tiny, monkeypatch, refused):
         "kernel_means",
         lambda *a: tuple(v * math.nan for v in means(*a)) if next(calls) == 10 else means(*a),
     )
-    refused(args, "not finite at step 5", "checkpoint.pt of step 3", "--lr")
+    refused(args, "not finite at step 5", "checkpoint.pt of step 3", "learning rates")
     (folder,) = Path(args.run_dir).glob(f"{args.exp_name}__*")
     state = load(folder)
     assert state["step"] == 3 and all(t.isfinite().all() for t in tensors(state) if t.is_floating_point())
