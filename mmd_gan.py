@@ -1112,9 +1112,10 @@ def train(args: Args) -> Path:
     def update(name: str, loss: Tensor, lr: float) -> None:
         # Learning rates stay, and in the last part of the run fall linearly to zero.
         rate = min(1.0, (args.num_steps + 1 - run.step) / max(1.0, args.lr_decay * args.num_steps))
-        optimizers[name].param_groups[0]["lr"] = lr * rate
+        group = optimizers[name].param_groups[0]
+        group["lr"] = lr * rate
         optimizers[name].zero_grad()
-        loss.backward()
+        loss.backward(inputs=group["params"])  # the generator's loss leaves the critic's weights alone
         optimizers[name].step()
 
     def evaluate() -> dict:
