@@ -108,7 +108,7 @@ class Args:
     latent_dim: int | None = None
     """size of the generator's Gaussian input (default: 32 for images, 2 for toys)"""
     channels: int = 32
-    """channels of the image networks' 14 x 14 maps; those of 7 x 7 have twice, those of 28 x 28 half as many"""
+    """channels of the image networks' 14 x 14 maps; those of 7 x 7 have twice, of 28 x 28 half as many"""
     encoder: Literal["learned", "none"] | None = None
     """none: the kernel acts on the data itself, a moment matching network (default: none for toys)"""
     feature_dim: int = 16
