@@ -1,0 +1,1281 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6",
+#     "torchvision>=0.21",
+#     "tyro>=1.0",
+#     "wandb>=0.30",
+#     "numpy>=1.26",
+#     "tqdm>=4.66",
+#     "matplotlib>=3.8",
+#     "scikit-learn>=1.4",
+# ]
+# ///
+"""Sinkhorn GAN: a generator that moves its samples to the data along the cheapest plan, smoothed by entropy.
+
+The generator minimises a distance of optimal transport between a batch of samples and a batch of data: the
+debiased Sinkhorn divergence S(x, y) = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2, or OT-GAN's minibatch energy
+distance. The cost of a pair is half its squared distance or one minus its cosine, between the samples
+themselves (--critic fixed) or between features of a critic that is trained to keep real and fake apart
+(--critic learned). Read it beside
+    Genevay et al. 2018          Learning generative models with Sinkhorn divergences      1706.00292
+    Salimans et al. 2018         OT-GAN and the minibatch energy distance                  1803.05573
+    Feydy et al. 2019            Sinkhorn divergences between optimal transport and MMD    1810.08278
+
+    python sinkhorn_gan.py                                               # MNIST, learned critic
+    python sinkhorn_gan.py --critic fixed --batch-size 256               # MNIST, transport of pixels
+    python sinkhorn_gan.py --loss minibatch-energy                       # OT-GAN
+    python sinkhorn_gan.py --dataset grid                                # 25 Gaussians, transport of points
+    python sinkhorn_gan.py --resume runs/<run>                           # goes on as if never stopped
+    python sinkhorn_gan.py --generate 10000 --checkpoint runs/<run>/checkpoint.pt --out samples/
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+import tyro
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+SCRIPT = "sinkhorn_gan"
+TOYS = ("ring", "grid")
+TOY = {"num_steps": 30_000, "batch_size": 256, "latent_dim": 2, "critic": "fixed", "lr_decay": 0.4}
+IMAGES = {"num_steps": 8000, "batch_size": 64, "latent_dim": 32, "critic": "learned", "lr_decay": 0.7}
+DEFAULTS = {"digits": IMAGES | {"num_steps": 1500}, "ring": TOY | {"num_steps": 20_000}, "grid": TOY}
+COSTS = {"fixed": "euclidean", "learned": "cosine"}  # a learned critic could stretch distances without end
+
+
+@dataclasses.dataclass
+class Args:
+    exp_name: str = SCRIPT
+    """first part of the run folder's name"""
+    seed: int = 1
+    """seed of every random number of the run"""
+    torch_deterministic: bool = True
+    """ask torch for deterministic algorithms where it has them"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """where to train; auto takes CUDA, then MPS, then the CPU"""
+    track: bool = False
+    """log to Weights & Biases as well"""
+    wandb_project_name: str = "minimal-gans"
+    """W&B project"""
+    wandb_entity: str | None = None
+    """W&B team or user; by default your own"""
+
+    dataset: Literal["mnist", "fashion-mnist", "kmnist", "digits", "ring", "grid"] = "mnist"
+    """images; digits needs no download; ring (8 Gaussians) and grid (25 Gaussians) are 2-D toys"""
+    data_dir: str = "data"
+    """folder of the image files in torchvision's layout; missing files are downloaded to it"""
+    eval_split: Literal["test", "validation"] = "test"
+    """what samples are compared with; validation takes the last sixth of the training images out for it"""
+
+    num_steps: int | None = None
+    """generator updates (default: by data set)"""
+    batch_size: int | None = None
+    """real and fake samples in a batch (default: 64 images, 256 points)"""
+    latent_dim: int | None = None
+    """size of the generator's Gaussian input (default: 32 for images, 2 for toys)"""
+    channels: int = 32
+    """channels of the image networks' 14 x 14 maps; those of 7 x 7 have twice, of 28 x 28 half as many"""
+    critic: Literal["learned", "fixed"] | None = None
+    """fixed: the cost acts on the data itself; learned: on a critic's features (default: fixed for toys)"""
+    feature_dim: int = 16
+    """size of the critic's output, the space in which the cost acts"""
+    spectral_norm: bool = True
+    """divide each of the critic's weight matrices by its spectral norm"""
+    critic_every: int = 1
+    """generator updates per critic update (OT-GAN: 3)"""
+    lr_generator: float = 3e-3
+    """Adam's learning rate for the generator"""
+    lr_critic: float = 2e-3
+    """Adam's learning rate for the critic"""
+    beta1: float = 0.5
+    """Adam's decay of the first moment"""
+    lr_decay: float | None = None
+    """last share of the run, over which the learning rates fall to zero (default: 0.7 images, 0.4 toys)"""
+    ema_decay: float = 0.999
+    """decay per step of the averaged generator, which draws the samples"""
+
+    loss: Literal["sinkhorn", "minibatch-energy"] = "sinkhorn"
+    """debiased Sinkhorn divergence, or the minibatch energy distance of OT-GAN"""
+    cost: Literal["euclidean", "cosine"] | None = None
+    """half the squared distance, or one minus the cosine (default: cosine for a learned critic)"""
+    epsilon: float = 0.05
+    """entropic regularisation, in units of the batch's mean cost"""
+    max_iterations: int = 100
+    """cap on the Sinkhorn iterations of a loss"""
+    tolerance: float = 1e-2
+    """marginal error (the sum of absolute differences) at which the iterations stop"""
+    repulsive: bool = True
+    """a learned critic's own loss: it spreads real and draws together fake samples (else minus --loss)"""
+    unroll: bool = False
+    """differentiate through the iterations (Genevay et al. 2018), instead of by the envelope theorem"""
+
+    num_eval_samples: int = 10_000
+    """samples drawn for an evaluation; 0 switches evaluation off"""
+    eval_every: int | None = None
+    """steps between evaluations, pictures and checkpoints (default: a fifth of the run)"""
+    log_every: int = 100
+    """steps between lines of metrics.jsonl"""
+    run_dir: str = "runs"
+    """folder in which run folders are made"""
+    resume: str | None = None
+    """run folder to go on with"""
+    generate: int = 0
+    """draw this many samples from --checkpoint into the new folder --out, instead of training"""
+    checkpoint: str | None = None
+    """a run's checkpoint.pt, for --generate"""
+    out: str | None = None
+    """folder for --generate"""
+
+    def __post_init__(self) -> None:
+        if not self.resume:  # else what was not given is taken from the run
+            for name, value in DEFAULTS.get(self.dataset, IMAGES).items():
+                setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
+            self.cost = COSTS[self.critic] if self.cost is None else self.cost
+            self.eval_every = math.ceil(self.num_steps / 5) if self.eval_every is None else self.eval_every
+        above_zero = "num_steps batch_size latent_dim channels feature_dim critic_every eval_every log_every"
+        limits = dict.fromkeys(f"{above_zero} max_iterations".split(), (1, math.inf))
+        limits |= dict.fromkeys(("lr_generator", "lr_critic", "epsilon"), (1e-12, 1e38))
+        limits |= dict.fromkeys(("beta1", "ema_decay", "lr_decay"), (0, 1)) | {"seed": (0, 2**32 - 1)}
+        limits |= dict.fromkeys(("generate", "num_eval_samples"), (0, 1e38)) | {"tolerance": (1e-12, 2)}
+        for name, (low, high) in limits.items():
+            value, option = getattr(self, name), "--" + name.replace("_", "-")
+            if value is not None and not low <= value <= high:
+                bounded = f"in [{low}, {high}]" if high < 1e38 else "finite, not negative"
+                wanted = "positive" if low > 0 else bounded
+                raise ValueError(f"{option} must be {wanted}, not {value}")
+        halves = self.loss == "minibatch-energy" or (self.critic == "learned" and self.repulsive)
+        if halves and self.batch_size is not None and self.batch_size % 2:
+            raise ValueError(f"--batch-size must be even for two independent halves, not {self.batch_size}")
+        if self.unroll and self.loss == "minibatch-energy":
+            raise ValueError("--unroll: in --loss minibatch-energy no gradient flows through the plan")
+        if 0 < self.num_eval_samples < 10:
+            raise ValueError(f"--num-eval-samples must be 0 or at least 10, not {self.num_eval_samples}")
+
+
+def fail(message: str) -> NoReturn:
+    """Say in one line what is wrong and what to do about it, and leave with exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_images(dataset: str, data_dir: str, eval_split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training and evaluation images (n, 28, 28) uint8 and labels (n,) int64: x, y, x_eval, y_eval.
+
+    `digits` is scikit-learn's 1,797 digits of 8 x 8, enlarged; the others are read in torchvision's layout,
+    and downloaded if they are not there. With eval_split "validation" the last sixth of the training images
+    is the evaluation part, and the test images are not touched.
+    """
+    if dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
+        images = F.interpolate(images, size=28, mode="bilinear").squeeze(1).round().to(torch.uint8)
+        # The file is in the order of its writers; mix them, always in the same way.
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
+        images, labels = images[order], torch.from_numpy(labels).long()[order]
+        parts = [images[:1437], labels[:1437], images[1437:], labels[1437:]]
+    else:
+        name = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}[dataset]
+        raw = Path(data_dir) / name / "raw"
+        files = [f"{a}-{b}-ubyte" for a in ("train", "t10k") for b in ("images-idx3", "labels-idx1")]
+        present = all((raw / file).is_file() for file in files)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                make = getattr(torchvision.datasets, name)
+                sets = [make(data_dir, train=train, download=not present) for train in (True, False)]
+            parts = [v for s in sets for v in (s.data, s.targets.long())]
+            for images, labels in (parts[:2], parts[2:]):
+                if images.shape != (len(labels), 28, 28) or not len(labels) or labels.max() > 9:
+                    raise ValueError(f"images {tuple(images.shape)}, labels {tuple(labels.shape)}")
+        except Exception as error:
+            if present:
+                fail(f"{raw} holds damaged files ({error!r:.200}); delete them to download {dataset} again")
+            fail(
+                f"{dataset} is not in {raw} and cannot be downloaded ({error!s:.200}); put its IDX files "
+                "there, name their place with --data-dir, or take --dataset digits, which needs no download"
+            )
+    x, y, x_eval, y_eval = parts
+    if eval_split == "validation":
+        n = len(x) * 5 // 6
+        x, y, x_eval, y_eval = x[:n], y[:n], x[n:], y[n:]
+    return x, y, x_eval, y_eval
+
+
+def toy_modes(dataset: str) -> tuple[Tensor, float]:
+    """Means (k, 2) and standard deviation of a 2-D mixture, as in VEEGAN (2017) and PacGAN (2018)."""
+    if dataset == "ring":
+        angle = torch.arange(8) * (math.pi / 4)
+        return torch.stack((angle.cos(), angle.sin()), 1), 0.01
+    axis = torch.arange(-4.0, 5.0, 2.0)
+    return torch.cartesian_prod(axis, axis), 0.05
+
+
+def load_toy(dataset: str, num_samples: int = 100_000) -> Tensor:
+    """Samples (num_samples, 2) of a 2-D mixture with equal weights, the same ones in every run."""
+    modes, std = toy_modes(dataset)
+    rng = torch.Generator().manual_seed(0)
+    index = torch.randint(len(modes), (num_samples,), generator=rng)
+    return modes[index] + std * torch.randn(num_samples, 2, generator=rng)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images (n, 28, 28) as floats (n, 1, 28, 28) in [-1, 1]."""
+    return images.unsqueeze(1).float() / 127.5 - 1
+
+
+def draw_batch(data: Tensor, batch_size: int) -> Tensor:
+    """A batch drawn with replacement: images (b, 1, 28, 28) in [-1, 1], or points (b, 2)."""
+    batch = data[torch.randint(len(data), (batch_size,), device=data.device)]
+    return to_float(batch) if batch.dtype == torch.uint8 else batch
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Networks
+
+
+def make_generator(latent_dim: int, channels: int, toy: bool) -> nn.Sequential:
+    """Latent (b, latent_dim) to image (b, 1, 28, 28) in [-1, 1], or to point (b, 2)."""
+    if toy:
+        return nn.Sequential(
+            *(nn.Linear(latent_dim, 128), nn.ReLU()),
+            *(nn.Linear(128, 128), nn.ReLU()),
+            *(nn.Linear(128, 128), nn.ReLU()),
+            nn.Linear(128, 2),
+        )
+    c, half = channels, max(1, channels // 2)
+    return nn.Sequential(
+        *(nn.Linear(latent_dim, 2 * c * 49, bias=False), nn.Unflatten(1, (2 * c, 7, 7))),
+        *(nn.BatchNorm2d(2 * c), nn.ReLU()),
+        *(nn.Conv2d(2 * c, 2 * c, 3, 1, 1, bias=False), nn.BatchNorm2d(2 * c), nn.ReLU()),
+        *(nn.ConvTranspose2d(2 * c, c, 4, 2, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()),
+        *(nn.ConvTranspose2d(c, half, 4, 2, 1, bias=False), nn.BatchNorm2d(half), nn.ReLU()),
+        *(nn.Conv2d(half, 1, 3, 1, 1), nn.Tanh()),
+    ).to(memory_format=torch.channels_last)  # half the time of a step on a CPU
+
+
+class Affine(nn.Module):
+    """factor * x + shift, with two constants."""
+
+    def __init__(self, factor: float, shift: float = 0.0):
+        super().__init__()
+        self.factor, self.shift = factor, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x + self.shift
+
+
+def make_critic(feature_dim: int, channels: int, toy: bool, spectral_norm: bool, scale: float) -> nn.Module:
+    """Image (b, 1, 28, 28) or point (b, 2) to features (b, feature_dim)."""
+    sn = nn.utils.parametrizations.spectral_norm if spectral_norm else nn.Identity()
+    c, act = channels, nn.LeakyReLU(0.2)
+    if toy:
+        return nn.Sequential(
+            *(sn(nn.Linear(2, 128)), act),
+            *(sn(nn.Linear(128, 128)), act),
+            *(sn(nn.Linear(128, 128)), act),
+            *(sn(nn.Linear(128, feature_dim)), Affine(scale)),
+        )
+    return nn.Sequential(
+        Affine(1.0, 1.0),  # black becomes the 0 with which convolutions pad; or else they see a grey frame
+        *(sn(nn.Conv2d(1, c, 4, 2, 1)), act),
+        *(sn(nn.Conv2d(c, 2 * c, 4, 2, 1)), act),
+        *(sn(nn.Conv2d(2 * c, 2 * c, 3, 1, 1)), act),
+        *(nn.Flatten(), sn(nn.Linear(2 * c * 49, feature_dim)), Affine(scale)),
+    ).to(memory_format=torch.channels_last)
+
+
+def average(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of a model and its buffers, with a shorter memory in the first steps."""
+
+    def update(averages: list, values: list, count: Tensor) -> None:
+        if averages[0].is_floating_point():  # a list holds one dtype; batch normalisation's counters stay
+            torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Loss
+#
+# Entropic optimal transport of weights a (n,) at x (n, d) to b (m,) at y (m, d), with costs C (n, m):
+#     OT(x, y) = min of  <P, C> + eps KL(P | a b^T)  over P >= 0 with row sums a and column sums b     (1)
+#              = max of  a.f + b.g - eps (sum P - 1)  over f, g, for P = a b^T exp((f + g - C) / eps)  (2)
+# (Peyre and Cuturi 2019, proposition 4.4). At the maximum f_i = -eps log sum_j b_j exp((g_j - C_ij) / eps),
+# and likewise g from f: Sinkhorn's half-steps. While iterated, potentials are in units of eps ln 2, for 2^x.
+
+DENSE = 2**26  # pairs, up to which the kernel is kept as one matrix: 256 MB of float32
+BLOCK = 2**20  # pairs in a block of rows on the road that keeps no matrix: 4 MB of float32
+RANGE = 40.0  # log2 of the scalings for which float32, which ends at 2^-126, has room
+MEMORY = 5  # steps that the extrapolation looks back on
+COARSE, COOLING, LOOSE = 0.05, 4.0, 3e-3  # anneal from eps = COARSE mean(C) by COOLING, to this error at each
+NEAR = 0.02  # marginal error up to which potentials to start from need no annealing
+STEPS = 0.539, 0.873  # of a self problem: 1 / (1.5 + 0.354) and 1 / (1.5 - 0.354), see iterate_self
+
+
+def sinkhorn_potentials(
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    cost: str = "euclidean",
+    tol: float = 1e-3,
+    max_iterations: int = 2000,
+    init: tuple[Tensor, Tensor] | None = None,
+    return_info: bool = False,
+    road: str = "auto",
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict]:
+    """Dual potentials f (n,) and g (m,) of entropic transport of x (n, d) to y (m, d), without gradients.
+
+    Sinkhorn's half-steps (Cuturi 2013, algorithm 1), stabilised and extrapolated; where eps is less than 0.05
+    times the mean cost, first for larger eps. f + c and g - c serve as well for any c; these have a.f = b.g.
+
+    Args:
+        x, y: points, float32 or float64, on one device.
+        eps: the entropy's weight in (1), in the units of the cost; GeomLoss's blur^2, POT's reg.
+        a, b: weights (n,) and (m,), not negative, that sum to one; uniform by default.
+        cost: "euclidean", |x - y|^2 / 2 (GeomLoss's p=2); "cosine", 1 - cos(x, y), which is the same cost on
+            normalised vectors.
+        tol: stop when the plan's marginals differ from a and b by this, in the 1-norm.
+        max_iterations: stop after so many, whatever the error (an iteration is two half-steps).
+        init: potentials to start from, such as those of nearly the same points; else zero.
+        return_info: return also {"error": the marginal error reached, "iterations": their number}.
+        road: "dense", with an n x m matrix; "blocked", in memory for n + m points; "auto", by size.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, for no points, coordinates that are not
+    finite, eps, tol or max_iterations that are not positive, weights that are negative or do not sum to one
+    (within 1e-4), vectors of length zero under "cosine", and unknown names.
+    """
+    x, y, a, b = checked(x, y, eps, a, b, cost, tol, max_iterations, road)
+    if init is not None and not all(p.shape == w.shape and p.isfinite().all() for p, w in zip(init, (a, b))):
+        raise ValueError(f"init must be finite, ({len(x)},) and ({len(y)},), not {init}")
+    start = init and init[1].to(y)  # f follows from g
+    plan = transport(x, y, eps, a, b, tol, max_iterations, road, start)
+    info = {"error": plan.error, "iterations": plan.count}
+    return (plan.f, plan.g, info) if return_info else (plan.f, plan.g)
+
+
+def ot_cost(
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    cost: str = "euclidean",
+    tol: float = 1e-3,
+    max_iterations: int = 2000,
+    unroll: bool = False,
+    road: str = "auto",
+) -> Tensor:
+    """Entropic transport cost (1) between x (n, d) and y (m, d): a scalar, differentiable in both.
+
+    The value is (2) at the potentials reached: below the exact one, by the square of their error. Its
+    gradient is that of (2) with f and g held, sum_j P_ij (x_i - y_j) in x_i (the envelope theorem; Feydy et
+    al. 2019): no graph through the iterations, and no second derivative. unroll=True differentiates through
+    iterations, plain ones without annealing (Genevay et al. 2018), and keeps a matrix for each half-step.
+
+    Arguments and errors are those of sinkhorn_potentials; weights get no gradient.
+    """
+    x, y, a, b = checked(x, y, eps, a, b, cost, tol, max_iterations, road, unroll)
+    if unroll:
+        return unrolled_cost(x, y, eps, a, b, tol, max_iterations)
+    plan = transport(x, y, eps, a, b, tol, max_iterations, road, None, wanted(x, y))
+    return GivenGradients.apply(plan.cost, plan.grad_x, plan.grad_y, x, y)
+
+
+def sinkhorn_divergence(
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    cost: str = "euclidean",
+    tol: float = 1e-3,
+    max_iterations: int = 2000,
+    unroll: bool = False,
+    road: str = "auto",
+) -> Tensor:
+    """Debiased OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2 between x (n, d) and y (m, d): a scalar.
+
+    Half the loss of Genevay et al. 2018; never negative, and zero only if x and y are one measure (Feydy et
+    al. 2019, eq. 3 and theorem 1). Arguments, gradients and errors are those of ot_cost.
+    """
+    x, y, a, b = checked(x, y, eps, a, b, cost, tol, max_iterations, road, unroll)
+    if unroll:
+        sides = ((x, y, a, b), (x, x, a, a), (y, y, b, b))
+        xy, xx, yy = (unrolled_cost(p, q, eps, *w, tol, max_iterations) for p, q, *w in sides)
+        return xy - (xx + yy) / 2
+    # OT(x, x) / 2 has the gradient of OT(x, .) in its first argument, or its second. With the one in which x
+    # stands in OT(x, y), and that started from OT(y, y)'s more exact potential, all cancels where x equals y.
+    need_x, need_y = wanted(x, y)
+    xx = transport(x, x, eps, a, a, tol / 10, max_iterations, road, None, (need_x, False))
+    yy = transport(y, y, eps, b, b, tol / 10, max_iterations, road, None, (False, need_y))
+    xy = transport(x, y, eps, a, b, tol, max_iterations, road, yy.g, (need_x, need_y))
+    grad_x = xy.grad_x - xx.grad_x if need_x else None
+    grad_y = xy.grad_y - yy.grad_y if need_y else None
+    return GivenGradients.apply(xy.cost - (xx.cost + yy.cost) / 2, grad_x, grad_y, x, y)
+
+
+def minibatch_energy_distance(
+    x1: Tensor,
+    x2: Tensor,
+    y1: Tensor,
+    y2: Tensor,
+    eps: float,
+    cost: str = "cosine",
+    tol: float = 1e-3,
+    max_iterations: int = 2000,
+    road: str = "auto",
+) -> Tensor:
+    """OT-GAN's loss, from two independent halves each of real and of fake samples, all (., d): a scalar.
+
+    W(x1, y1) + W(x1, y2) + W(x2, y1) + W(x2, y2) - 2 W(x1, x2) - 2 W(y1, y2)  (Salimans et al. 2018, section
+    3 and algorithm 1); one batch's may be negative. W is <P, C>, the part of (1) without the entropy, for P
+    whose entries sum to one (theirs to the batch size). As in the paper, no gradient flows through P, which
+    makes it the gradient of (1) (the envelope theorem), not of the value. Arguments and errors are those of
+    ot_cost.
+    """
+    signs = ((x1, y1, 1), (x1, y2, 1), (x2, y1, 1), (x2, y2, 1), (x1, x2, -2), (y1, y2, -2))
+    problems = [(s, checked(p, q, eps, None, None, cost, tol, max_iterations, road)) for p, q, s in signs]
+    total = 0
+    for sign, (p, q, a, b) in problems:
+        plan = transport(p, q, eps, a, b, tol, max_iterations, road, None, (True, True))
+        total = total + sign * GivenGradients.apply(plan.moved, plan.grad_x, plan.grad_y, p, q)
+    return total
+
+
+def repulsive_loss(x1: Tensor, x2: Tensor, y1: Tensor, y2: Tensor, eps: float, **options) -> Tensor:
+    """OT(y1, y2) - OT(x1, x2): a critic spreads real samples x out and draws fake samples y together.
+
+    The repulsive loss of MMD-GAN (Wang et al. 2019, 1812.09916, section 3.2) with transport costs between
+    independent halves, all (., d), in place of minus a kernel's means: the parts of the energy distance that
+    do not compare real with fake, one with its sign turned. Arguments and errors are those of ot_cost.
+    """
+    return ot_cost(y1, y2, eps, **options) - ot_cost(x1, x2, eps, **options)
+
+
+class GivenGradients(torch.autograd.Function):
+    """value, a scalar whose gradients in x and y are known already."""
+
+    @staticmethod
+    def forward(ctx, value, grad_x, grad_y, x, y):
+        ctx.save_for_backward(grad_x, grad_y)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        if torch.is_grad_enabled():  # create_graph=True: they would be missing without a word
+            raise RuntimeError("no second derivatives here: take unroll=True for them")
+        return None, None, None, *(grad if grad is None else g * grad for grad in ctx.saved_tensors)
+
+
+def mean_cost(x: Tensor, y: Tensor, cost: str = "euclidean") -> Tensor:
+    """Mean cost of the pairs of x (n, d) and y (m, d), a scalar: a natural unit for eps."""
+    if cost == "cosine":
+        return 1 - F.normalize(x).mean(0) @ F.normalize(y).mean(0)
+    between = (x.mean(0) - y.mean(0)).square().sum()
+    return (between + x.var(0, correction=0).sum() + y.var(0, correction=0).sum()) / 2
+
+
+def wanted(*points: Tensor) -> tuple[bool, ...]:
+    """Whether autograd will ask for the gradient in each of the points."""
+    return tuple(torch.is_grad_enabled() and p.requires_grad for p in points)
+
+
+def checked(x, y, eps, a, b, cost, tol, max_iterations, road, unroll=False) -> tuple[Tensor, ...]:
+    """x and y, normalised if the cost is cosine, with a and b; or the ValueErrors of sinkhorn_potentials."""
+    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"x and y must be (n, d) and (m, d), not {tuple(x.shape)} and {tuple(y.shape)}")
+    if x.dtype != y.dtype or x.device != y.device or x.dtype not in (torch.float32, torch.float64):
+        kinds = f"{x.dtype} on {x.device} and {y.dtype} on {y.device}"
+        raise ValueError(f"x and y must both be float32 or both float64, on one device, not {kinds}")
+    if min(*x.shape, len(y)) < 1:
+        raise ValueError(f"no points or no coordinates: x is {tuple(x.shape)} and y {tuple(y.shape)}")
+    if cost not in ("euclidean", "cosine") or road not in ("auto", "dense", "blocked"):
+        raise ValueError(f"unknown cost {cost!r} or road {road!r}")
+    if unroll and road == "blocked":
+        raise ValueError("road 'blocked' keeps no matrices to unroll; take 'dense' or 'auto'")
+    for name, value in (("eps", eps), ("tol", tol), ("max_iterations", max_iterations)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, not {value}")
+    weights = []
+    for name, p, w in (("x", x.detach(), a), ("y", y.detach(), b)):
+        if not p.isfinite().all():
+            raise ValueError(f"{name} must be finite, but holds {p[~p.isfinite()][0].item()}")
+        if cost == "cosine" and not p.norm(dim=1).all():
+            raise ValueError(f"cost 'cosine' is not defined for vectors of length 0.0, and {name} holds one")
+        if w is None:
+            w = p.new_full((len(p),), 1 / len(p))
+        elif w.shape != (len(p),) or w.dtype != p.dtype or w.device != p.device or w.requires_grad:
+            kind = f"{tuple(w.shape)} {w.dtype} on {w.device} with requires_grad={w.requires_grad}"
+            raise ValueError(f"weights of {name} must be ({len(p)},) {p.dtype} without gradient, not {kind}")
+        elif not (w.min() >= 0 and abs(w.sum() - 1) < 1e-4):
+            low, total = w.min().item(), w.sum().item()
+            raise ValueError(f"weights of {name} must be >= 0 with sum 1, not with least {low}, sum {total}")
+        weights.append(w)
+    if cost == "cosine":
+        x, y = F.normalize(x, eps=0), F.normalize(y, eps=0)
+    return x, y, *weights
+
+
+class Plan(NamedTuple):
+    """A solved problem (1): potentials, value, its part <P, C>, gradients, marginal error, iterations."""
+
+    f: Tensor
+    g: Tensor
+    cost: Tensor
+    moved: Tensor | None
+    grad_x: Tensor | None
+    grad_y: Tensor | None
+    error: float
+    count: int
+
+
+@torch.no_grad()
+def transport(x, y, eps, a, b, tol, max_iterations, road, start=None, need=(False, False)) -> Plan:
+    """Solve (1) between x (n, d) and y (m, d), from the potential start (m,); need: gradients in x, in y.
+
+    With both clouds centred the cost changes by terms in x and y alone, C = C' + x'.t - y'.t + |t|^2 / 2 for
+    t = mean x - mean y. So the plan stays, and however far apart the clouds are no digits are lost.
+    """
+    same = x is y and torch.equal(a, b)
+    mean_x, mean_y = a @ x, b @ y
+    x, y, t = x - mean_x, y - mean_y, mean_x - mean_y
+    a, b = a.clamp(min=1e-18), b.clamp(min=1e-18)  # log 0 never occurs, and the sums stay what they were
+    dense = road == "dense" or (road == "auto" and len(x) * len(y) <= DENSE)
+    g = torch.zeros_like(b) if start is None else start + y @ t
+    if same:
+        kernel, g, v, count = iterate_self(x, a, eps, g, tol, max_iterations, dense)
+    else:
+        kernel, g, v, count = anneal(x, y, a, b, eps, g, tol, max_iterations, dense, start is not None)
+    r, s, p_y, p_x = sweep(kernel, v, a, True, x, y, need)
+    unit = eps * math.log(2)
+    f, g = -unit * (kernel.top + r.log2()), unit * (g + v.log2())
+    value, error = a @ f + b @ g + t @ t / 2, (v * s - b).abs().sum().item()
+    # The gradient in x takes the plan whose rows sum to a, that in y the one whose columns sum to b.
+    grad_x = (x + t).mul_(a[:, None]).sub_(p_y) if need[0] else None
+    grad_y = (y - t).mul_(b[:, None]).addcmul_((b / s)[:, None], p_x, value=-1) if need[1] else None
+    # |x - y|^2 = x.(x - y) + y.(y - x), summed over P: the gradients are the sums of P (x - y), P (y - x)
+    moved = ((grad_x * x).sum() + (grad_y * y).sum() + t @ t) / 2 if all(need) else None
+    f, g = f + x @ t + t @ t / 2, g - y @ t
+    shift = (b @ g - a @ f) / 2
+    return Plan(f + shift, g - shift, value, moved, grad_x, grad_y, error, count)
+
+
+def anneal(x, y, a, b, eps, g, tol, max_iterations, dense, warm) -> tuple:
+    """iterate, where eps is small first for larger ones; if warm only should g turn out to be far off."""
+    mean_cost = (a @ x.square().sum(1) + b @ y.square().sum(1)).item() / 2
+    steps = math.ceil(math.log(max(COARSE * mean_cost / eps, 1e-9), COOLING))
+    ladder, count = [eps * COOLING**k for k in range(steps, 0, -1)], 0
+    if ladder and warm:
+        kernel, _, v, count = iterate(x, y, a, b, eps, g, tol, 1, dense)
+        error = (v * sweep(kernel, v, a)[1] - b).abs().sum()
+        ladder = ladder if error > NEAR else []
+    for level in ladder:
+        if count < max_iterations - 1:
+            most = max_iterations - 1 - count
+            _, g, v, done = iterate(x, y, a, b, level, g, max(tol, LOOSE), most, dense)
+            g, count = (g + v.log2()) * (level * math.log(2)), count + done
+    kernel, g, v, done = iterate(x, y, a, b, eps, g, tol, max(1, max_iterations - count), dense)
+    return kernel, g, v, count + done
+
+
+def iterate(x, y, a, b, eps, g, tol, max_iterations, dense) -> tuple:
+    """Sinkhorn's iteration at one eps from the potential g (m,): the last kernel, its g, v (m,) and count.
+
+    The iterate is v, which scales the columns of the kernel of g: the potential is g + eps ln v. A
+    half-step is a product of the kernel and a vector (Schmitzer 2019, section 3). Where v leaves the range
+    in which float32 can scale, one half-step in the log domain makes a new kernel.
+    """
+    scale = math.log2(math.e) / eps
+    log_a, log_b, g = a.log2(), b.log2(), g * scale
+    kernel = GibbsKernel(x, y, log_b, g, scale, dense)
+    log_v, history, last = torch.zeros_like(b), deque(maxlen=MEMORY), None
+    for count in range(1, max_iterations + 1):
+        v = log_v.exp2()
+        r, s, *_ = sweep(kernel, v, a)
+        plain, log_r = log_b - s.log2(), r.log2()
+        error, reach = (v * s - b).abs().sum().item(), plain.abs().amax().item()
+        if error <= tol:
+            break
+        # Each plain step raises (2), by eps times a Kullback-Leibler divergence of the marginals. What would
+        # lower it is taken back, so that it converges whatever the extrapolation makes up.
+        gain = (b @ (log_v - last[0]) - a @ (log_r - last[1])).item() if history else 0.0
+        if not -1e-6 <= gain < math.inf:
+            log_v = last[2]
+            history.clear()
+        elif not reach < RANGE:
+            g = soft_minimum(y, x, log_a, -kernel.top - log_r, scale)
+            kernel, log_v = GibbsKernel(x, y, log_b, g, scale, dense), torch.zeros_like(b)
+            history.clear()
+        elif count < max_iterations:
+            last = log_v, log_r, plain
+            history.append((plain, plain - log_v))
+            log_v = plain if count % 2 else extrapolate(history, b).clamp_(-RANGE, RANGE)
+    return kernel, g, log_v.exp2(), count
+
+
+def iterate_self(x, a, eps, g, tol, max_iterations, dense) -> tuple:
+    """The same for y = x, where one potential g = f will do: steps from g towards f(g), a half-step from it.
+
+    The slopes of f(g) are minus the plan's eigenvalues, in [0, 1] at any eps, so a step of w leaves of an
+    error 1 - w (1 + eigenvalue): both STEPS, Chebyshev's pair, at most 1/17 of it, and two steps of 1/2, as
+    in Feydy et al. 2019, 1/4.
+    """
+    scale = math.log2(math.e) / eps
+    g = g * scale
+    kernel, v = GibbsKernel(x, x, a.log2(), g, scale, dense), torch.ones_like(a)
+    for count in range(1, max_iterations + 1):
+        r, *_ = sweep(kernel, v, a, columns=False)
+        ratio = r * v * (kernel.top + g).exp2()  # sum_j P_ij / a_i with the one potential on both sides
+        if count % 2 and 2 * (a @ (ratio - 1).abs()).item() <= tol:
+            break
+        v = v * ratio ** -STEPS[count % 2]
+    return kernel, g, v, count
+
+
+def extrapolate(history: deque, b: Tensor) -> Tensor:
+    """Anderson's (1965) mix of the last plain steps: the one with the least residual in weights b."""
+    if len(history) == 1:
+        return history[0][0]
+    plain, residual = (torch.stack(z) for z in zip(*history))  # (k, m)
+    d_plain, d_residual = plain[:-1] - plain[-1], residual[:-1] - residual[-1]
+    weighted = b * d_residual
+    gram = weighted @ d_residual.T
+    gram.diagonal().add_(1e-5 * gram.diagonal().amax() + 1e-30)
+    return plain[-1] - torch.linalg.solve(gram, weighted @ residual[-1]) @ d_plain
+
+
+class GibbsKernel:
+    """Blocks of rows of K_ij = b_j 2^(g_j - scale C_ij - top_i), where top_i makes row i's largest entry 1.
+
+    Dense, it is made once; else anew each time that it is iterated over. After the first time top is there.
+    """
+
+    def __init__(self, x, y, log_b, g, scale, dense):
+        x2, y2 = (p.square().sum(1, keepdim=True) * (-scale / 2) for p in (x, y))
+        one_x, one_y = torch.ones_like(x2), torch.ones_like(y2)
+        self.left = torch.cat((scale * x, x2, one_x), 1)  # one product makes the exponents
+        self.right = torch.cat((y, one_y, y2 + (g + log_b)[:, None]), 1)
+        self.step = len(x) if dense else max(1, BLOCK // len(y))
+        self.buffer = x.new_empty(min(self.step, len(x)), len(y))
+        self.top = x.new_empty(len(x))
+        self.stored = list(self.make()) if dense else None
+
+    def make(self):
+        for i in range(0, len(self.left), self.step):
+            rows = slice(i, i + self.step)
+            k = torch.mm(self.left[rows], self.right.T, out=self.buffer[: len(self.left[rows])])
+            top = torch.amax(k, 1, out=self.top[rows])
+            yield rows, k.sub_(top[:, None]).exp2_()
+
+    def __iter__(self):
+        return iter(self.stored or self.make())
+
+
+def sweep(kernel, v, a, columns=True, x=None, y=None, need=(False, False)) -> tuple:
+    """One pass over the kernel: its row sums r (n,) under v and, of the plan P whose rows sum to a, column
+    sums s (m,) before v; if needed P y (n, d) and, before v, P^T x (m, d)."""
+    r, s = torch.empty_like(a), torch.zeros_like(v)
+    p_y, p_x = x.new_empty(x.shape) if need[0] else None, y.new_zeros(y.shape) if need[1] else None
+    v_y = v[:, None] * y if need[0] else None
+    for rows, k in kernel:
+        torch.mv(k, v, out=r[rows])
+        if columns:
+            w = a[rows] / r[rows]
+            s.addmv_(k.T, w)
+        if need[0]:
+            torch.mm(k, v_y, out=p_y[rows]).mul_(w[:, None])
+        if need[1]:
+            p_x.addmm_(k.T, w[:, None] * x[rows])
+    return r, s, p_y, p_x
+
+
+def soft_minimum(x, y, log_b, g, scale) -> Tensor:
+    """The half-step f_i = -log2 sum_j b_j 2^(g_j - scale C_ij), (n,), in blocks, without limits of range."""
+    kernel = GibbsKernel(x, y, log_b, g, scale, dense=False)
+    r = torch.cat([k.sum(1) for _, k in kernel])
+    return -kernel.top - r.log2()
+
+
+def unrolled_cost(x, y, eps, a, b, tol, max_iterations) -> Tensor:
+    """ot_cost in operations that autograd follows, centred as in transport."""
+    same = x is y and torch.equal(a, b)
+    mean_x, mean_y = a @ x, b @ y
+    x, y, t = x - mean_x, y - mean_y, mean_x - mean_y
+    cost = x.square().sum(1, keepdim=True) / 2 + y.square().sum(1) / 2 - x @ y.T  # (n, m)
+    log_a, log_b = (w.clamp(min=1e-18).log() for w in (a, b))
+    g = torch.zeros_like(b)
+    for _ in range(max_iterations):
+        f = -eps * ((g - cost) / eps + log_b).logsumexp(1)
+        next_g = f if same else -eps * ((f[:, None] - cost) / eps + log_a[:, None]).logsumexp(0)
+        if (b * (((g - next_g) / eps).exp() - 1)).abs().sum().item() <= tol:
+            break
+        g = (g + 2 * f) / 3 if same else next_g
+    return a @ f + b @ g + t @ t / 2
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+class Judge(nn.Module):
+    """The classifier in whose 128 features images are compared."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(1, 32, 5, 2, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.Conv2d(32, 64, 5, 2, 2, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(64 * 49, 128), nn.ReLU()),
+        )
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (b, 128) and class logits (b, 10) of images (b, 1, 28, 28) in [-1, 1]."""
+        features = self.body(images)
+        return features, self.head(features)
+
+
+def train_judge(images: Tensor, labels: Tensor, epochs: int = 4, batch_size: int = 128) -> Judge:
+    """A judge trained on images (n, 28, 28) uint8 and labels (n,), from seed 0; leaves torch's alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        judge = Judge().to(images.device)
+        optimizer = torch.optim.Adam(judge.parameters())
+        steps = epochs * math.ceil(len(images) / batch_size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+        for _ in range(epochs):
+            for index in torch.randperm(len(images), device=images.device).split(batch_size):
+                loss = F.cross_entropy(judge(to_float(images[index]))[1], labels[index], label_smoothing=0.05)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return judge.eval().requires_grad_(False)
+
+
+def load_judge(args, images: Tensor, labels: Tensor) -> tuple[Judge, str]:
+    """The judge of these training images, from --run-dir if it is there, and the hash of its weights."""
+    data = hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()[:12]
+    path = Path(args.run_dir) / f"judge__{args.dataset}__{data}.pt"
+    judge = Judge().to(images.device).eval().requires_grad_(False)
+    try:
+        judge.load_state_dict(torch.load(path, map_location=images.device, weights_only=True))
+    except Exception:  # not there yet, or damaged
+        print(f"training the judge of the images, once; it is kept in {path}", flush=True)
+        judge = train_judge(images, labels)
+        write_file(path, judge.state_dict())
+    weights = b"".join(v.cpu().numpy().tobytes() for v in judge.state_dict().values())
+    return judge, hashlib.sha256(weights).hexdigest()[:12]
+
+
+def judge_images(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and logits of images, uint8 (n, 28, 28) or float (n, 1, 28, 28), in blocks of 1,000."""
+    blocks = [judge(to_float(b) if b.dtype == torch.uint8 else b) for b in images.split(1000)]
+    return torch.cat([f for f, _ in blocks]), torch.cat([z for _, z in blocks])
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Frechet distance of Gaussians fitted to features x (n, d) and y (m, d) (Heusel et al. 2017, eq. 6)."""
+    x, y = x.cpu().double(), y.cpu().double()  # MPS has no float64
+    if not (x.isfinite().all() and y.isfinite().all()):
+        return math.nan  # some LAPACKs crash on it
+    cov_x, cov_y = x.T.cov(), y.T.cov()
+    root = torch.linalg.eigvals(cov_x @ cov_y).real.clamp(min=0).sqrt().sum()  # trace of (cov_x cov_y)^(1/2)
+    return ((x.mean(0) - y.mean(0)).square().sum() + cov_x.trace() + cov_y.trace() - 2 * root).item()
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """Precision and recall of features fake (m, d) for real (n, d) (Kynkaanniemi et al. 2019, eq. 1-3): the
+    share of each set in reach of the other, where a point reaches as far as its k-th neighbour in its set."""
+
+    def share_within(points: Tensor, others: Tensor) -> float:
+        reach = torch.cat([torch.cdist(b, others).kthvalue(k + 1).values for b in others.split(1000)])
+        within = [(torch.cdist(b, others) <= reach).any(1) for b in points.split(1000)]
+        return torch.cat(within).float().mean().item()
+
+    return share_within(fake, real), share_within(real, fake)
+
+
+def image_metrics(judge: Judge, fake: Tensor, real: Tensor, labels: Tensor) -> dict:
+    """Metrics of images fake (m, ...) against real (n, 28, 28) and the classes labels (l,), by the judge."""
+    f_fake, logits = judge_images(judge, fake)
+    f_real, _ = judge_images(judge, real)
+    precision, recall = precision_recall(f_real, f_fake)
+    shares, target = (c.cpu().bincount(minlength=10) / len(c) for c in (logits.argmax(1), labels))
+    kl = torch.xlogy(shares, shares / target).sum().item()
+    metrics = {"fid": frechet_distance(f_real, f_fake), "precision": precision, "recall": recall}
+    return metrics | {"class_kl": kl, "class_shares": [round(s, 4) for s in shares.tolist()]}
+
+
+def toy_metrics(samples: Tensor, modes: Tensor, std: float) -> dict:
+    """Of samples (n, 2) and a mixture's modes (k, 2): modes covered, share of samples of high quality (within
+    3 std of the nearest mode), and the KL divergence of the modes' shares, by nearest mode, from uniform."""
+    distance, nearest = torch.cdist(samples, modes).min(1)
+    good = distance <= 3 * std
+    shares = nearest.bincount(minlength=len(modes)) / len(samples)
+    kl = torch.xlogy(shares, shares * len(modes)).sum().item()
+    return {"modes": len(nearest[good].unique()), "high_quality": good.float().mean().item(), "mode_kl": kl}
+
+
+class Evaluation:
+    """Measures samples: points by a toy's modes, images by the judge against images that are held out.
+
+    `data` are the training samples, `held` their labels and the images (n, 28, 28) and labels of the other
+    part; `facts` says of results.json which judge it was, and its metrics for training images: the floor.
+    """
+
+    def __init__(self, args, data: Tensor, held: list[Tensor]):
+        self.modes = toy_modes(args.dataset) if not held else None
+        self.count, self.facts = args.num_eval_samples, {}
+        if held and self.count:
+            labels, x, y = held
+            self.count = min(self.count, len(x))
+            self.judge, judge_hash = load_judge(args, data, labels)
+            self.images, self.labels = x[: self.count], y
+            hits = judge_images(self.judge, self.images)[1].argmax(1) == y[: self.count]
+            self.facts = {"judge": judge_hash, "judge_accuracy": hits.float().mean().item()}
+            floor = self(data[: self.count])
+            self.facts |= {"num_eval": self.count} | {f"floor_{name}": v for name, v in floor.items()}
+            print(f"floor of fid, training against {args.eval_split} images: {floor['fid']:.3f}", flush=True)
+
+    def __call__(self, samples: Tensor) -> dict:
+        """Metrics of images (n, ...) or points (n, 2), of which the first num_eval_samples count."""
+        if not self.count:
+            return {}
+        if self.modes:
+            return toy_metrics(samples[: self.count].cpu(), *self.modes)
+        return image_metrics(self.judge, samples[: self.count], self.images, self.labels)
+
+
+@torch.no_grad()
+def draw_samples(generator: nn.Module, latent_dim: int, count: int, seed: int, device) -> Tensor:
+    """Samples (count, ...) of a generator in evaluation mode; the latents have a seed of their own."""
+    rng = torch.Generator().manual_seed(seed)
+    latents = torch.randn(count, latent_dim, generator=rng).to(device)
+    return torch.cat([generator.eval()(z) for z in latents.split(1000)])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Run folder and tracking
+
+
+def write_file(path: Path, content: str | bytes | dict) -> None:
+    """Write text, bytes or, by torch.save, a state beside the file and rename: nobody sees half a file."""
+    if isinstance(content, dict):
+        torch.save(content, buffer := io.BytesIO())
+        content = buffer.getvalue()
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(beside, path)
+
+
+def load_checkpoint(path: Path, script: str) -> dict:
+    """A checkpoint of this script, on the CPU. Code in it is not run; what is wrong is said in one line."""
+    if not path.is_file():
+        fail(f"there is no checkpoint {path}; a run folder that was saved holds a checkpoint.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        fail(f"checkpoint {path} is damaged, or holds code, which is never run ({error!r:.80})")
+    if not isinstance(state, dict) or state.get("script") != script:
+        other = state.get("script") if isinstance(state, dict) else None
+        fail(f"checkpoint {path} comes from {other or 'another program'}, not from {script}")
+    if missing := {"args", "step", "seconds", "rng", "averaged"} - state.keys():
+        fail(f"checkpoint {path} is damaged: it has no {', '.join(sorted(missing))}")
+    return state
+
+
+def resumed_args(args, saved: dict):
+    """The saved arguments, updated by the options that were given and that a resumed run may change."""
+    free = "num_steps eval_every log_every num_eval_samples device track data_dir run_dir resume"
+    default = {field.name: field.default for field in dataclasses.fields(args)}
+    given = {k: v for k, v in vars(args).items() if v != default[k]}
+    for name in given.keys() - {*free.split(), "wandb_project_name", "wandb_entity"}:
+        if given[name] != saved[name]:
+            fail(f"--{name.replace('_', '-')} {given[name]}: the run has {saved[name]}, and must keep it")
+    return type(args)(**{**saved, "track": False, "device": "auto", **given})
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; auto is the best there is."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(d for d in there if there[d]) if name == "auto" else name
+    if not there[name]:
+        fail(f"--device {name}: torch {torch.__version__} finds no such device; use --device cpu or auto")
+    return torch.device(name)
+
+
+def check_wandb() -> None:
+    """Leave with one line unless W&B is installed and either logged in to or offline."""
+    try:
+        import wandb
+    except ImportError:
+        fail("--track needs wandb: pip install wandb")
+    online = os.environ.get("WANDB_MODE", wandb.setup().settings.mode) == "online"
+    if online and not wandb.login(prompt=False, verify=False):
+        fail("--track: you are not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
+
+
+def start_wandb(args, name: str, run_id: str | None):
+    """A W&B run, going on with run_id if given; an offline one if W&B is out of reach."""
+    import wandb
+
+    options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": run_id}
+    options |= {"resume": "allow", "config": vars(args), "dir": args.run_dir}
+    try:
+        return wandb.init(**options)
+    except Exception as error:
+        offline = "logging offline, `wandb sync` sends it later"
+        print(f"W&B is out of reach ({error!s:.200}); {offline}", file=sys.stderr)
+        return wandb.init(**options, mode="offline")
+
+
+def plot_curves(folder: Path) -> None:
+    """curves.png: every scalar of metrics.jsonl against the step."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list))
+    names.pop("step")
+    figure = Figure(figsize=(14, 2.6 * math.ceil(len(names) / 4)), layout="constrained")
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(math.ceil(len(names) / 4), 4, place + 1, title=name, xlabel="step")
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points), marker="o" if len(points) < 20 else None, markersize=3)
+        axes.grid(alpha=0.3)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=70)
+    write_file(folder / "curves.png", buffer.getvalue())
+
+
+def save_picture(path: Path, samples: Tensor, data: Tensor) -> None:
+    """A PNG of 100 images (n, 1, 28, 28) in a square, or of points (n, 2) over points of the data (m, 2)."""
+    buffer = io.BytesIO()
+    if samples.dim() == 4:
+        torchvision.utils.save_image((samples[:100] + 1) / 2, buffer, format="png", nrow=10)
+    else:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5, 5), layout="constrained")
+        axes = figure.add_subplot(aspect="equal")
+        for points, name in ((data, "data"), (samples, "samples")):
+            axes.scatter(*points[:2500].cpu().T, s=3, alpha=0.4, label=name)
+        axes.legend(loc="upper right")
+        figure.savefig(buffer, format="png", dpi=70)
+    write_file(path, buffer.getvalue())
+
+
+def run_facts(device: torch.device) -> dict:
+    """What results.json says of the machine: peak memory (of the process, on a CPU), device, versions."""
+    if device.type == "cuda":
+        peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type}, {torch.get_num_threads()} threads"
+        try:
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kB, on macOS in bytes
+            peak *= 1 if sys.platform == "darwin" else 1024
+        except ImportError:  # Windows
+            peak = math.nan
+    versions = {module.__name__: module.__version__ for module in (torch, torchvision)}
+    versions["python"] = sys.version.split()[0]
+    return {"peak_memory_mb": round(peak / 1e6), "device": name, "versions": versions}
+
+
+class Run:
+    """A run: its folder, its steps, its checkpoints, and its twin at W&B."""
+
+    def __init__(self, args, script: str, checkpoint: dict | None, device: torch.device):
+        self.args, self.script, self.checkpoint, self.device = args, script, checkpoint or {}, device
+        self.step, self.seconds = self.checkpoint.get("step", 0), self.checkpoint.get("seconds", 0.0)
+        self.first_step = self.last_saved = self.step
+        if self.step >= args.num_steps:
+            fail(f"{args.resume} has done its {self.step} steps; give more of them with --num-steps")
+        if args.track:
+            check_wandb()
+        name = f"{args.exp_name}__{args.dataset}__{args.seed}__{int(time.time())}"
+        self.folder = Path(args.resume or Path(args.run_dir) / name)
+        self.metrics_file = self.folder / "metrics.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+            lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
+            # What an interrupted run wrote after its last checkpoint will be written again.
+            lines = [f"{line}\n" for line in lines if json.loads(line)["step"] <= self.step]
+            write_file(self.metrics_file, "".join(lines))
+            write_file(self.folder / "args.json", json.dumps(vars(args), indent=2))
+        except OSError as error:
+            fail(f"cannot write the run folder {self.folder} ({error.strerror}); name another with --run-dir")
+        wandb_id = self.checkpoint.get("wandb_id")
+        self.wandb_run = start_wandb(args, self.folder.name, wandb_id) if args.track else None
+        self.wandb_id = self.wandb_run.id if self.wandb_run else wandb_id
+        self.parts, self.stopped, self.scalars, self.metrics = {}, [], {}, {}
+
+    def hold(self, **parts) -> None:
+        """Networks and optimizers that a checkpoint holds; a resumed run's take their state from it."""
+        self.parts = parts
+        if self.checkpoint:
+            for name, part in parts.items():
+                part.load_state_dict(self.checkpoint[name])
+            torch.set_rng_state(self.checkpoint["rng"])
+            if self.device.type == "cuda" and self.checkpoint["rng_cuda"] is not None:
+                torch.cuda.set_rng_state(self.checkpoint["rng_cuda"], self.device)
+
+    def save(self) -> None:
+        """Write checkpoint.pt."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {
+            "script": self.script,
+            "args": vars(self.args),
+            "step": self.step,
+            "rng": torch.get_rng_state(),
+        }
+        state["rng_cuda"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        state |= {"seconds": self.seconds + time.time() - self.start, "wandb_id": self.wandb_id}
+        write_file(self.folder / "checkpoint.pt", state)
+        self.last_saved = self.step
+
+    def due(self, every: int) -> bool:
+        """Whether what is done every so many steps, and after the last one, is to be done now."""
+        return self.step % every == 0 or self.step == self.args.num_steps
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps to do. After Ctrl-C or SIGTERM the step at hand is the last, and saved."""
+        signals = signal.SIGINT, signal.SIGTERM
+        handlers = [signal.signal(s, lambda number, _: self.stopped.append(number)) for s in signals]
+        total, self.start, self.paused = self.args.num_steps, time.time(), 0.0
+        self.bar = tqdm(total=total, initial=self.step, desc=self.script, disable=None, dynamic_ncols=True)
+        while self.step < total and not self.stopped:
+            self.step += 1
+            yield self.step
+            self.bar.update()
+            if self.stopped or self.due(self.args.eval_every):
+                self.save()
+        self.bar.close()
+        for number, handler in zip(signals, handlers):
+            signal.signal(number, handler)
+
+    def log(self, scalars: dict[str, Tensor | float], evaluate: Callable[[], dict]) -> None:
+        """Write a step's scalars and, when it is due, evaluate() and the samples.png that it has drawn."""
+        evaluated = self.due(self.args.eval_every)
+        self.scalars = {name: torch.as_tensor(value).item() for name, value in scalars.items()}
+        finite = all(map(math.isfinite, self.scalars.values()))
+        if evaluated:
+            modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+            finite &= all(bool(v.isfinite().all()) for part in modules for v in part.state_dict().values())
+        if not finite:
+            self.bar.close()
+            kept = (
+                f"{self.folder / 'checkpoint.pt'} of step {self.last_saved}"
+                if self.last_saved
+                else "none yet"
+            )
+            what = f"the loss is not finite at step {self.step}: {self.scalars}"
+            fail(f"{what}; last good checkpoint: {kept}; try lower learning rates")
+        done = self.step - self.first_step
+        self.scalars["steps_per_second"] = done / (time.time() - self.start - self.paused)
+        row, pictures = {"step": self.step} | self.scalars, {}
+        if evaluated:
+            pause = time.time()
+            self.metrics = evaluate()
+            self.paused += time.time() - pause
+            row, pictures = row | self.metrics, {"samples": self.folder / "samples.png"}
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.log_wandb(row, pictures)
+        shown = {name: f"{value:.3g}" for name, value in self.metrics.items() if not isinstance(value, list)}
+        loss = next(iter(self.scalars.values()))
+        self.bar.set_postfix(loss=f"{loss:.4f}", **shown, refresh=False)
+        if evaluated and shown:
+            self.bar.write(f"step {self.step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+
+    def log_wandb(self, row: dict, pictures: dict[str, Path], last: bool = False) -> None:
+        """Send what there is to W&B, whose failures never cost a trained model."""
+        if self.wandb_run is None:
+            return
+        try:
+            import wandb
+
+            if row:
+                row = row | {name: wandb.Image(str(path)) for name, path in pictures.items()}
+                self.wandb_run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            if last:
+                self.wandb_run.finish()
+        except Exception as error:
+            print(f"W&B failed ({error!s:.200}); the run goes on in {self.folder}", file=sys.stderr)
+            self.wandb_run = None
+
+    def finish(self, facts: dict) -> Path:
+        """Draw the curves; of a run that is done write results.json, with facts in it; returns the folder."""
+        plot_curves(self.folder)
+        self.log_wandb({}, {}, last=True)
+        if self.step < self.args.num_steps:
+            go_on = f"go on with: python {self.script}.py --resume {self.folder}"
+            print(f"stopped after step {self.step}; {go_on}", file=sys.stderr)
+            raise SystemExit(128 + self.stopped[0])
+        seconds, speed = self.seconds + time.time() - self.start, self.scalars["steps_per_second"]
+        results = self.metrics | facts | {"steps": self.step, "seconds": round(seconds)}
+        results |= {"steps_per_second": round(speed, 2)} | run_facts(self.device)
+        write_file(self.folder / "results.json", json.dumps(results, indent=2))
+        print("\n".join(f"{name:>20}  {value}" for name, value in results.items()))
+        print("\n".join(f"{self.folder / name}" for name in ("samples.png", "curves.png", "checkpoint.pt")))
+        return self.folder
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(args: Args) -> Path:
+    """Train, evaluate and save; returns the run folder."""
+    checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt", SCRIPT) if args.resume else None
+    args = resumed_args(args, checkpoint["args"]) if checkpoint else args
+    device = pick_device(args.device)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+    toy = args.dataset in TOYS
+    parts = [load_toy(args.dataset)] if toy else load_images(args.dataset, args.data_dir, args.eval_split)
+    data, *held = (part.to(device) for part in parts)
+    if args.batch_size > len(data):
+        fail(f"--batch-size {args.batch_size} exceeds the {len(data)} training samples of {args.dataset}")
+    run = Run(args, SCRIPT, checkpoint, device)
+    evaluation = Evaluation(args, data, held)
+
+    generator = make_generator(args.latent_dim, args.channels, toy).to(device)
+    averaged = average(generator, args.ema_decay)
+    critic = make_critic(args.feature_dim, args.channels, toy, args.spectral_norm, 1.0)
+    critic = critic.to(device) if args.critic == "learned" else nn.Flatten()
+    adam = partial(torch.optim.Adam, betas=(args.beta1, 0.999), fused=True)
+    optimizers = {"opt_generator": adam(generator.parameters(), args.lr_generator)}
+    if args.critic == "learned":
+        optimizers["opt_critic"] = adam(critic.parameters(), args.lr_critic)
+    run.hold(generator=generator, averaged=averaged, critic=critic, **optimizers)
+
+    def latent() -> Tensor:
+        return torch.randn(args.batch_size, args.latent_dim, device=device)
+
+    def distance(loss: str, h_real: Tensor, h_fake: Tensor) -> Tensor:
+        # Of features (b, d). epsilon is relative, as features have no scale of their own.
+        eps = args.epsilon * mean_cost(h_real.detach(), h_fake.detach(), args.cost).item()
+        if not 0 < eps < math.inf:
+            run.log({"mean_cost": math.nan}, evaluate)  # ends the run
+        options = {"cost": args.cost, "max_iterations": args.max_iterations, "tol": args.tolerance}
+        halves = *h_real.chunk(2), *h_fake.chunk(2)
+        if loss == "minibatch-energy":
+            return minibatch_energy_distance(*halves, eps, **options)
+        if loss == "repulsive":
+            return repulsive_loss(*halves, eps, unroll=args.unroll, **options)
+        return sinkhorn_divergence(h_real, h_fake, eps, unroll=args.unroll, **options)
+
+    def update(name: str, loss: Tensor, lr: float) -> None:
+        # Learning rates stay, and in the last part of the run fall linearly to zero.
+        rate = min(1.0, (args.num_steps + 1 - run.step) / max(1.0, args.lr_decay * args.num_steps))
+        group = optimizers[name].param_groups[0]
+        group["lr"] = lr * rate
+        optimizers[name].zero_grad()
+        loss.backward(inputs=group["params"])  # the generator's loss leaves the critic's weights alone
+        optimizers[name].step()
+
+    def evaluate() -> dict:
+        count = max(evaluation.count, 2500 if toy else 100)
+        samples = draw_samples(averaged, args.latent_dim, count, args.seed, device)
+        for name in (f"samples_{run.step:06d}.png", "samples.png"):
+            save_picture(run.folder / name, samples, data)
+        return evaluation(samples)
+
+    for step in run.steps():
+        # The critic drives real and fake features apart.
+        scalars = {}
+        if args.critic == "learned" and (step - 1) % args.critic_every == 0:
+            with torch.no_grad():
+                fake = generator(latent())
+            h_real, h_fake = critic(torch.cat((draw_batch(data, args.batch_size), fake))).chunk(2)
+            loss = (
+                distance("repulsive", h_real, h_fake)
+                if args.repulsive
+                else -distance(args.loss, h_real, h_fake)
+            )
+            scalars["loss_critic"] = loss
+            update("opt_critic", loss, args.lr_critic)
+
+        # The generator brings them together.
+        with torch.no_grad():
+            h_real = critic(draw_batch(data, args.batch_size))
+        loss = distance(args.loss, h_real, critic(generator(latent())))
+        update("opt_generator", loss, args.lr_generator)
+        averaged.update_parameters(generator)
+
+        if run.due(args.log_every) or run.due(args.eval_every):
+            run.log({"loss_generator": loss} | scalars, evaluate)
+    return run.finish(evaluation.facts)
+
+
+def generate(args: Args) -> Path:
+    """Samples of a checkpoint, as a folder of PNG files or, for a toy, of samples.npy (n, 2); returns it."""
+    if not args.checkpoint or not args.out:
+        fail("--generate needs --checkpoint runs/<run>/checkpoint.pt and --out <new folder>")
+    out, checkpoint = Path(args.out), load_checkpoint(Path(args.checkpoint), SCRIPT)
+    if out.exists():
+        fail(f"--out {out} exists; name a new folder")
+    device, made = pick_device(args.device), Args(**checkpoint["args"])
+    averaged = average(make_generator(made.latent_dim, made.channels, made.dataset in TOYS), made.ema_decay)
+    averaged.load_state_dict(checkpoint["averaged"])
+    samples = draw_samples(averaged.to(device), made.latent_dim, args.generate, args.seed, device).cpu()
+    beside = out.with_name(out.name + ".tmp")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        if samples.dim() == 2:
+            np.save(beside / "samples.npy", samples.numpy())
+        else:
+            pixels = ((samples.squeeze(1) + 1) * 127.5).round().to(torch.uint8).numpy()
+            for i, image in enumerate(tqdm(pixels, desc=str(out), disable=None)):
+                Image.fromarray(image).save(beside / f"{i:06d}.png")
+        os.replace(beside, out)
+    except OSError as error:
+        fail(f"cannot write --out {out} ({error.strerror}); name a place where you may write")
+    print(f"{args.generate} samples in {out}")
+    return out
+
+
+def main(args: Args) -> Path:
+    """Train, or sample with --generate; returns the folder that was written."""
+    return generate(args) if args.generate else train(args)
+
+
+if __name__ == "__main__":
+    try:
+        args = tyro.cli(Args)
+    except ValueError as error:  # later versions of tyro show it themselves
+        fail(str(error))
+    main(args)
