@@ -60,9 +60,13 @@ from tqdm import tqdm
 
 SCRIPT = "sinkhorn_gan"
 TOYS = ("ring", "grid")
-TOY = {"num_steps": 30_000, "batch_size": 256, "latent_dim": 2, "critic": "fixed", "lr_decay": 0.4}
-IMAGES = {"num_steps": 8000, "batch_size": 64, "latent_dim": 32, "critic": "learned", "lr_decay": 0.7}
-DEFAULTS = {"digits": IMAGES | {"num_steps": 1500}, "ring": TOY | {"num_steps": 20_000}, "grid": TOY}
+# What is not given is taken from here, by data set and by critic.
+TOY = {"num_steps": 10_000, "batch_size": 512, "latent_dim": 2, "critic": "fixed", "lr_decay": 0.6}
+TOY |= {"epsilon": 5e-4, "tolerance": 0.1, "max_iterations": 30}
+IMAGES = {"num_steps": 14_000, "batch_size": 64, "latent_dim": 32, "critic": "learned", "lr_decay": 0.7}
+IMAGES |= {"epsilon": 0.3, "tolerance": 0.01, "max_iterations": 100}
+DEFAULTS = {"digits": IMAGES | {"num_steps": 1500}, "ring": TOY | {"epsilon": 1e-4}, "grid": TOY}
+FIXED = {"num_steps": 2000, "batch_size": 512, "epsilon": 0.05}  # images, compared pixel by pixel
 COSTS = {"fixed": "euclidean", "learned": "cosine"}  # a learned critic could stretch distances without end
 
 
@@ -93,7 +97,9 @@ class Args:
     num_steps: int | None = None
     """generator updates (default: by data set)"""
     batch_size: int | None = None
-    """real and fake samples in a batch (default: 64 images, 256 points)"""
+    """real and fake samples in a batch (default: 64 images, 512 with a fixed critic, 512 points)"""
+    stratified: bool = True
+    """toys: one real point per cell of the data and latents of a Sobol sequence, so that batches are alike"""
     latent_dim: int | None = None
     """size of the generator's Gaussian input (default: 32 for images, 2 for toys)"""
     channels: int = 32
@@ -113,7 +119,7 @@ class Args:
     beta1: float = 0.5
     """Adam's decay of the first moment"""
     lr_decay: float | None = None
-    """last share of the run, over which the learning rates fall to zero (default: 0.7 images, 0.4 toys)"""
+    """last share of the run, over which the learning rates fall to zero (default: 0.7 images, 0.6 toys)"""
     ema_decay: float = 0.999
     """decay per step of the averaged generator, which draws the samples"""
 
@@ -121,12 +127,12 @@ class Args:
     """debiased Sinkhorn divergence, or the minibatch energy distance of OT-GAN"""
     cost: Literal["euclidean", "cosine"] | None = None
     """half the squared distance, or one minus the cosine (default: cosine for a learned critic)"""
-    epsilon: float = 0.05
-    """entropic regularisation, in units of the batch's mean cost"""
-    max_iterations: int = 100
-    """cap on the Sinkhorn iterations of a loss"""
-    tolerance: float = 1e-2
-    """marginal error (the sum of absolute differences) at which the iterations stop"""
+    epsilon: float | None = None
+    """entropic regularisation, in units of the batch's mean cost (default: by data set and critic)"""
+    max_iterations: int | None = None
+    """cap on the Sinkhorn iterations of a loss (default: 100 images, 30 toys)"""
+    tolerance: float | None = None
+    """marginal error, a sum of absolute differences, at which they stop (default: 0.01 images, 0.1 toys)"""
     repulsive: bool = True
     """a learned critic's own loss: it spreads real and draws together fake samples (else minus --loss)"""
     unroll: bool = False
@@ -151,15 +157,18 @@ class Args:
 
     def __post_init__(self) -> None:
         if not self.resume:  # else what was not given is taken from the run
-            for name, value in DEFAULTS.get(self.dataset, IMAGES).items():
+            defaults = DEFAULTS.get(self.dataset, IMAGES)
+            if self.critic == "fixed" and self.dataset not in TOYS:
+                defaults = defaults | FIXED
+            for name, value in defaults.items():
                 setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
             self.cost = COSTS[self.critic] if self.cost is None else self.cost
             self.eval_every = math.ceil(self.num_steps / 5) if self.eval_every is None else self.eval_every
         above_zero = "num_steps batch_size latent_dim channels feature_dim critic_every eval_every log_every"
         limits = dict.fromkeys(f"{above_zero} max_iterations".split(), (1, math.inf))
-        limits |= dict.fromkeys(("lr_generator", "lr_critic", "epsilon"), (1e-12, 1e38))
+        limits |= dict.fromkeys(("lr_generator", "lr_critic", "epsilon", "tolerance"), (1e-12, 1e38))
         limits |= dict.fromkeys(("beta1", "ema_decay", "lr_decay"), (0, 1)) | {"seed": (0, 2**32 - 1)}
-        limits |= dict.fromkeys(("generate", "num_eval_samples"), (0, 1e38)) | {"tolerance": (1e-12, 2)}
+        limits |= dict.fromkeys(("generate", "num_eval_samples"), (0, 1e38))
         for name, (low, high) in limits.items():
             value, option = getattr(self, name), "--" + name.replace("_", "-")
             if value is not None and not low <= value <= high:
@@ -257,6 +266,29 @@ def draw_batch(data: Tensor, batch_size: int) -> Tensor:
     return to_float(batch) if batch.dtype == torch.uint8 else batch
 
 
+def kd_order(points: Tensor) -> Tensor:
+    """Points (n, 2) in the order of a k-d tree's leaves, where neighbours are near; a few may be left out."""
+    cells, axis = points[None], 0
+    while cells.shape[1] > 8:
+        cells = cells[:, : cells.shape[1] // 2 * 2]
+        order = cells[:, :, axis].argsort(dim=1, stable=True)
+        cells = cells.gather(1, order[..., None].expand_as(cells)).reshape(2 * len(cells), -1, 2)
+        axis = 1 - axis
+    return cells.flatten(0, 1)
+
+
+def draw_strata(points: Tensor, batch_size: int) -> Tensor:
+    """One random point (b, 2) out of each of b equal runs of points (n, 2) in k-d order."""
+    place = torch.arange(batch_size, device=points.device) + torch.rand(batch_size, device=points.device)
+    return points[(place * (len(points) / batch_size)).long().clamp(max=len(points) - 1)]
+
+
+def draw_sobol(uniform: Tensor) -> Tensor:
+    """Gaussian latents (b, d) from a Sobol set in the unit cube (b, d), moved around it at random."""
+    u = (uniform + torch.rand(uniform.shape[1], device=uniform.device)) % 1
+    return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Networks
 
@@ -335,11 +367,16 @@ DENSE = 2**26  # pairs, up to which the kernel is kept as one matrix: 256 MB of 
 BLOCK = 2**20  # pairs in a block of rows on the road that keeps no matrix: 4 MB of float32
 RANGE = 40.0  # log2 of the scalings for which float32, which ends at 2^-126, has room
 MEMORY = 5  # steps that the extrapolation looks back on
-COARSE, COOLING, LOOSE = 0.05, 4.0, 3e-3  # anneal from eps = COARSE mean(C) by COOLING, to this error at each
+COARSE, COOLING, LOOSE = (
+    0.0125,
+    4.0,
+    3e-3,
+)  # anneal from eps = COARSE mean(C) by COOLING, to this error at each
 NEAR = 0.02  # marginal error up to which potentials to start from need no annealing
-STEPS = 0.539, 0.873  # of a self problem: 1 / (1.5 + 0.354) and 1 / (1.5 - 0.354), see iterate_self
+STEPS = 1 / (1.5 + 8**-0.5), 1 / (1.5 - 8**-0.5)  # of a self problem, see iterate_self
 
 
+@torch.no_grad()
 def sinkhorn_potentials(
     x: Tensor,
     y: Tensor,
@@ -355,8 +392,9 @@ def sinkhorn_potentials(
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict]:
     """Dual potentials f (n,) and g (m,) of entropic transport of x (n, d) to y (m, d), without gradients.
 
-    Sinkhorn's half-steps (Cuturi 2013, algorithm 1), stabilised and extrapolated; where eps is less than 0.05
-    times the mean cost, first for larger eps. f + c and g - c serve as well for any c; these have a.f = b.g.
+    Sinkhorn's half-steps (Cuturi 2013, algorithm 1), stabilised and extrapolated; where eps is less than
+    0.0125 times the mean cost, first for larger eps. f + c and g - c serve as well for any c; these have
+    a.f = b.g.
 
     Args:
         x, y: points, float32 or float64, on one device.
@@ -364,7 +402,8 @@ def sinkhorn_potentials(
         a, b: weights (n,) and (m,), not negative, that sum to one; uniform by default.
         cost: "euclidean", |x - y|^2 / 2 (GeomLoss's p=2); "cosine", 1 - cos(x, y), which is the same cost on
             normalised vectors.
-        tol: stop when the plan's marginals differ from a and b by this, in the 1-norm.
+        tol: stop when the plan's marginals differ from a and b by this, in the 1-norm; float32 does not get
+            below 1e-6. A loss that is small beside OT(x, y), as that of nearly equal clouds, needs less.
         max_iterations: stop after so many, whatever the error (an iteration is two half-steps).
         init: potentials to start from, such as those of nearly the same points; else zero.
         return_info: return also {"error": the marginal error reached, "iterations": their number}.
@@ -375,9 +414,13 @@ def sinkhorn_potentials(
     (within 1e-4), vectors of length zero under "cosine", and unknown names.
     """
     x, y, a, b = checked(x, y, eps, a, b, cost, tol, max_iterations, road)
-    if init is not None and not all(p.shape == w.shape and p.isfinite().all() for p, w in zip(init, (a, b))):
-        raise ValueError(f"init must be finite, ({len(x)},) and ({len(y)},), not {init}")
-    start = init and init[1].to(y)  # f follows from g
+    start = None
+    if init is not None:
+        if [p.shape for p in init] != [a.shape, b.shape] or not all(p.isfinite().all() for p in init):
+            shapes = [tuple(p.shape) for p in init]
+            raise ValueError(f"init must be finite, ({len(x)},) and ({len(y)},), not {shapes} or infinite")
+        # f follows from g; transport takes that of the centred clouds.
+        start = init[1].to(y) + (y - b @ y) @ (a @ x - b @ y)
     plan = transport(x, y, eps, a, b, tol, max_iterations, road, start)
     info = {"error": plan.error, "iterations": plan.count}
     return (plan.f, plan.g, info) if return_info else (plan.f, plan.g)
@@ -400,9 +443,10 @@ def ot_cost(
     The value is (2) at the potentials reached: below the exact one, by the square of their error. Its
     gradient is that of (2) with f and g held, sum_j P_ij (x_i - y_j) in x_i (the envelope theorem; Feydy et
     al. 2019): no graph through the iterations, and no second derivative. unroll=True differentiates through
-    iterations, plain ones without annealing (Genevay et al. 2018), and keeps a matrix for each half-step.
+    plain iterations without annealing, as Genevay et al. 2018 did, and keeps a matrix for each half-step.
 
-    Arguments and errors are those of sinkhorn_potentials; weights get no gradient.
+    Arguments and errors are those of sinkhorn_potentials, which tells whether it converges; weights get no
+    gradient.
     """
     x, y, a, b = checked(x, y, eps, a, b, cost, tol, max_iterations, road, unroll)
     if unroll:
@@ -425,8 +469,9 @@ def sinkhorn_divergence(
 ) -> Tensor:
     """Debiased OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2 between x (n, d) and y (m, d): a scalar.
 
-    Half the loss of Genevay et al. 2018; never negative, and zero only if x and y are one measure (Feydy et
-    al. 2019, eq. 3 and theorem 1). Arguments, gradients and errors are those of ot_cost.
+    Feydy et al. 2019, eq. 3: never negative, and zero only if x and y are one measure (theorem 1). Genevay et
+    al. 2018 take twice this with <P, C> in place of OT, without the entropy. Arguments, gradients and errors
+    are those of ot_cost.
     """
     x, y, a, b = checked(x, y, eps, a, b, cost, tol, max_iterations, road, unroll)
     if unroll:
@@ -500,7 +545,7 @@ class GivenGradients(torch.autograd.Function):
 def mean_cost(x: Tensor, y: Tensor, cost: str = "euclidean") -> Tensor:
     """Mean cost of the pairs of x (n, d) and y (m, d), a scalar: a natural unit for eps."""
     if cost == "cosine":
-        return 1 - F.normalize(x).mean(0) @ F.normalize(y).mean(0)
+        x, y = F.normalize(x), F.normalize(y)
     between = (x.mean(0) - y.mean(0)).square().sum()
     return (between + x.var(0, correction=0).sum() + y.var(0, correction=0).sum()) / 2
 
@@ -528,9 +573,12 @@ def checked(x, y, eps, a, b, cost, tol, max_iterations, road, unroll=False) -> t
             raise ValueError(f"{name} must be positive and finite, not {value}")
     weights = []
     for name, p, w in (("x", x.detach(), a), ("y", y.detach(), b)):
-        if not p.isfinite().all():
-            raise ValueError(f"{name} must be finite, but holds {p[~p.isfinite()][0].item()}")
-        if cost == "cosine" and not p.norm(dim=1).all():
+        norm = p.norm(dim=1)
+        if not norm.isfinite().all():
+            point = p[~norm.isfinite()][0]
+            worst = point[point.nan_to_num(math.inf, math.inf, -math.inf).abs().argmax()].item()
+            raise ValueError(f"{name} and its squares must be finite, but it holds {worst}")
+        if cost == "cosine" and not norm.all():
             raise ValueError(f"cost 'cosine' is not defined for vectors of length 0.0, and {name} holds one")
         if w is None:
             w = p.new_full((len(p),), 1 / len(p))
@@ -540,7 +588,7 @@ def checked(x, y, eps, a, b, cost, tol, max_iterations, road, unroll=False) -> t
         elif not (w.min() >= 0 and abs(w.sum() - 1) < 1e-4):
             low, total = w.min().item(), w.sum().item()
             raise ValueError(f"weights of {name} must be >= 0 with sum 1, not with least {low}, sum {total}")
-        weights.append(w)
+        weights.append(w / w.sum())
     if cost == "cosine":
         x, y = F.normalize(x, eps=0), F.normalize(y, eps=0)
     return x, y, *weights
@@ -561,55 +609,56 @@ class Plan(NamedTuple):
 
 @torch.no_grad()
 def transport(x, y, eps, a, b, tol, max_iterations, road, start=None, need=(False, False)) -> Plan:
-    """Solve (1) between x (n, d) and y (m, d), from the potential start (m,); need: gradients in x, in y.
+    """Solve (1) between x (n, d) and y (m, d); need: gradients in x, in y; start: a g of the centred clouds.
 
     With both clouds centred the cost changes by terms in x and y alone, C = C' + x'.t - y'.t + |t|^2 / 2 for
     t = mean x - mean y. So the plan stays, and however far apart the clouds are no digits are lost.
     """
-    same = x is y and torch.equal(a, b)
+    same = x is y and start is None and torch.equal(a, b)
     mean_x, mean_y = a @ x, b @ y
     x, y, t = x - mean_x, y - mean_y, mean_x - mean_y
     a, b = a.clamp(min=1e-18), b.clamp(min=1e-18)  # log 0 never occurs, and the sums stay what they were
     dense = road == "dense" or (road == "auto" and len(x) * len(y) <= DENSE)
-    g = torch.zeros_like(b) if start is None else start + y @ t
+    g = torch.zeros_like(b) if start is None else start
     if same:
-        kernel, g, v, count = iterate_self(x, a, eps, g, tol, max_iterations, dense)
+        kernel, v, count = iterate_self(x, a, eps, tol, max_iterations, dense)
     else:
         kernel, g, v, count = anneal(x, y, a, b, eps, g, tol, max_iterations, dense, start is not None)
     r, s, p_y, p_x = sweep(kernel, v, a, True, x, y, need)
     unit = eps * math.log(2)
     f, g = -unit * (kernel.top + r.log2()), unit * (g + v.log2())
-    value, error = a @ f + b @ g + t @ t / 2, (v * s - b).abs().sum().item()
+    error = (v * s - b).abs().sum().item()
+    value = a @ f + b @ g + (a @ x - b @ y) @ t + t @ t / 2  # the third is what rounding left of the means
     # The gradient in x takes the plan whose rows sum to a, that in y the one whose columns sum to b.
     grad_x = (x + t).mul_(a[:, None]).sub_(p_y) if need[0] else None
     grad_y = (y - t).mul_(b[:, None]).addcmul_((b / s)[:, None], p_x, value=-1) if need[1] else None
-    # |x - y|^2 = x.(x - y) + y.(y - x), summed over P: the gradients are the sums of P (x - y), P (y - x)
+    # |x - y|^2 = x.(x - y) + y.(y - x), and the gradients are the sums of P (x - y) and P (y - x). They take
+    # two plans, one with exact rows and one with exact columns, and most of the errors cancel.
     moved = ((grad_x * x).sum() + (grad_y * y).sum() + t @ t) / 2 if all(need) else None
-    f, g = f + x @ t + t @ t / 2, g - y @ t
+    f, g = f + x @ t + t @ t / 2, g - y @ t  # from C' to C
     shift = (b @ g - a @ f) / 2
     return Plan(f + shift, g - shift, value, moved, grad_x, grad_y, error, count)
 
 
 def anneal(x, y, a, b, eps, g, tol, max_iterations, dense, warm) -> tuple:
     """iterate, where eps is small first for larger ones; if warm only should g turn out to be far off."""
-    mean_cost = (a @ x.square().sum(1) + b @ y.square().sum(1)).item() / 2
-    steps = math.ceil(math.log(max(COARSE * mean_cost / eps, 1e-9), COOLING))
+    spread = (a @ x.square().sum(1) + b @ y.square().sum(1)).item() / 2  # the mean cost of centred clouds
+    steps = math.ceil(math.log(max(COARSE * spread / eps, 1e-9), COOLING))  # of one point the spread is 0
     ladder, count = [eps * COOLING**k for k in range(steps, 0, -1)], 0
-    if ladder and warm:
-        kernel, _, v, count = iterate(x, y, a, b, eps, g, tol, 1, dense)
-        error = (v * sweep(kernel, v, a)[1] - b).abs().sum()
+    if ladder and warm and max_iterations > 1:
+        _, _, _, count, error = iterate(x, y, a, b, eps, g, tol, 1, dense)
         ladder = ladder if error > NEAR else []
     for level in ladder:
         if count < max_iterations - 1:
             most = max_iterations - 1 - count
-            _, g, v, done = iterate(x, y, a, b, level, g, max(tol, LOOSE), most, dense)
+            _, g, v, done, _ = iterate(x, y, a, b, level, g, max(tol, LOOSE), most, dense)
             g, count = (g + v.log2()) * (level * math.log(2)), count + done
-    kernel, g, v, done = iterate(x, y, a, b, eps, g, tol, max(1, max_iterations - count), dense)
+    kernel, g, v, done, _ = iterate(x, y, a, b, eps, g, tol, max(1, max_iterations - count), dense)
     return kernel, g, v, count + done
 
 
 def iterate(x, y, a, b, eps, g, tol, max_iterations, dense) -> tuple:
-    """Sinkhorn's iteration at one eps from the potential g (m,): the last kernel, its g, v (m,) and count.
+    """Sinkhorn's iteration at one eps from the potential g (m,): its kernel, g, v (m,), count and error.
 
     The iterate is v, which scales the columns of the kernel of g: the potential is g + eps ln v. A
     half-step is a product of the kernel and a vector (Schmitzer 2019, section 3). Where v leaves the range
@@ -623,47 +672,52 @@ def iterate(x, y, a, b, eps, g, tol, max_iterations, dense) -> tuple:
         v = log_v.exp2()
         r, s, *_ = sweep(kernel, v, a)
         plain, log_r = log_b - s.log2(), r.log2()
-        error, reach = (v * s - b).abs().sum().item(), plain.abs().amax().item()
-        if error <= tol:
-            break
         # Each plain step raises (2), by eps times a Kullback-Leibler divergence of the marginals. What would
         # lower it is taken back, so that it converges whatever the extrapolation makes up.
-        gain = (b @ (log_v - last[0]) - a @ (log_r - last[1])).item() if history else 0.0
+        gain = b @ (log_v - last[0]) - a @ (log_r - last[1]) if history else b.new_zeros(())
+        facts = torch.stack(((v * s - b).abs().sum(), plain.abs().amax(), gain))
+        error, reach, gain = facts.tolist()  # all at once: on a GPU each one would be a wait
+        if error <= tol:
+            break
         if not -1e-6 <= gain < math.inf:
             log_v = last[2]
             history.clear()
         elif not reach < RANGE:
-            g = soft_minimum(y, x, log_a, -kernel.top - log_r, scale)
+            g = soft_minimum(y, x, log_a, -kernel.top - log_r, scale)  # from f, with the roles exchanged
             kernel, log_v = GibbsKernel(x, y, log_b, g, scale, dense), torch.zeros_like(b)
             history.clear()
         elif count < max_iterations:
             last = log_v, log_r, plain
             history.append((plain, plain - log_v))
             log_v = plain if count % 2 else extrapolate(history, b).clamp_(-RANGE, RANGE)
-    return kernel, g, log_v.exp2(), count
+    return kernel, g, log_v.exp2(), count, error
 
 
-def iterate_self(x, a, eps, g, tol, max_iterations, dense) -> tuple:
+def iterate_self(x, a, eps, tol, max_iterations, dense) -> tuple:
     """The same for y = x, where one potential g = f will do: steps from g towards f(g), a half-step from it.
 
     The slopes of f(g) are minus the plan's eigenvalues, in [0, 1] at any eps, so a step of w leaves of an
     error 1 - w (1 + eigenvalue): both STEPS, Chebyshev's pair, at most 1/17 of it, and two steps of 1/2, as
     in Feydy et al. 2019, 1/4.
     """
-    scale = math.log2(math.e) / eps
-    g = g * scale
-    kernel, v = GibbsKernel(x, x, a.log2(), g, scale, dense), torch.ones_like(a)
+    kernel = GibbsKernel(x, x, a.log2(), torch.zeros_like(a), math.log2(math.e) / eps, dense)
+    v, scaled = torch.ones_like(a), kernel.top
     for count in range(1, max_iterations + 1):
         r, *_ = sweep(kernel, v, a, columns=False)
-        ratio = r * v * (kernel.top + g).exp2()  # sum_j P_ij / a_i with the one potential on both sides
+        scaled = kernel.top.exp2() if count == 1 else scaled
+        ratio = r * v * scaled  # of the symmetric plan's row sums to a: 1 when it is solved
+        # Twice, as the plan whose rows are exact has the whole error in its columns.
         if count % 2 and 2 * (a @ (ratio - 1).abs()).item() <= tol:
             break
         v = v * ratio ** -STEPS[count % 2]
-    return kernel, g, v, count
+    return kernel, v, count
 
 
 def extrapolate(history: deque, b: Tensor) -> Tensor:
-    """Anderson's (1965) mix of the last plain steps: the one with the least residual in weights b."""
+    """Anderson's (1965) mix of the last plain steps: the one with the least residual in weights b.
+
+    The differences of residuals are nearly parallel near the solution, hence the ridge.
+    """
     if len(history) == 1:
         return history[0][0]
     plain, residual = (torch.stack(z) for z in zip(*history))  # (k, m)
@@ -683,7 +737,8 @@ class GibbsKernel:
     def __init__(self, x, y, log_b, g, scale, dense):
         x2, y2 = (p.square().sum(1, keepdim=True) * (-scale / 2) for p in (x, y))
         one_x, one_y = torch.ones_like(x2), torch.ones_like(y2)
-        self.left = torch.cat((scale * x, x2, one_x), 1)  # one product makes the exponents
+        # (scale x, -scale |x|^2 / 2, 1).(y, 1, g + log b - scale |y|^2 / 2) = g + log b - scale |x - y|^2 / 2
+        self.left = torch.cat((scale * x, x2, one_x), 1)
         self.right = torch.cat((y, one_y, y2 + (g + log_b)[:, None]), 1)
         self.step = len(x) if dense else max(1, BLOCK // len(y))
         self.buffer = x.new_empty(min(self.step, len(x)), len(y))
@@ -740,7 +795,9 @@ def unrolled_cost(x, y, eps, a, b, tol, max_iterations) -> Tensor:
         if (b * (((g - next_g) / eps).exp() - 1)).abs().sum().item() <= tol:
             break
         g = (g + 2 * f) / 3 if same else next_g
-    return a @ f + b @ g + t @ t / 2
+    if same:  # (2) without its last term, which is 0 after a half-step, is true of f made from g
+        f = -eps * ((g - cost) / eps + log_b).logsumexp(1)
+    return a @ f + b @ g + (a @ x - b @ y) @ t + t @ t / 2
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1181,14 +1238,27 @@ def train(args: Args) -> Path:
         optimizers["opt_critic"] = adam(critic.parameters(), args.lr_critic)
     run.hold(generator=generator, averaged=averaged, critic=critic, **optimizers)
 
+    # What one batch has too much of in a mode, transport carries to another one, and the generator with it.
+    strata = kd_order(data) if toy and args.stratified else None
+    parts = 2 if args.loss == "minibatch-energy" or (args.critic == "learned" and args.repulsive) else 1
+    sobol = torch.quasirandom.SobolEngine(args.latent_dim, scramble=True, seed=args.seed)
+    sobol = sobol.draw(args.batch_size // parts).to(device)
+
     def latent() -> Tensor:
-        return torch.randn(args.batch_size, args.latent_dim, device=device)
+        if strata is None:
+            return torch.randn(args.batch_size, args.latent_dim, device=device)
+        return torch.cat([draw_sobol(sobol) for _ in range(parts)])
+
+    def draw_real() -> Tensor:
+        if strata is None:
+            return draw_batch(data, args.batch_size)
+        return torch.cat([draw_strata(strata, args.batch_size // parts) for _ in range(parts)])
 
     def distance(loss: str, h_real: Tensor, h_fake: Tensor) -> Tensor:
         # Of features (b, d). epsilon is relative, as features have no scale of their own.
         eps = args.epsilon * mean_cost(h_real.detach(), h_fake.detach(), args.cost).item()
         if not 0 < eps < math.inf:
-            run.log({"mean_cost": math.nan}, evaluate)  # ends the run
+            run.log({"mean_cost": eps or math.nan}, evaluate)  # ends the run
         options = {"cost": args.cost, "max_iterations": args.max_iterations, "tol": args.tolerance}
         halves = *h_real.chunk(2), *h_fake.chunk(2)
         if loss == "minibatch-energy":
@@ -1219,7 +1289,7 @@ def train(args: Args) -> Path:
         if args.critic == "learned" and (step - 1) % args.critic_every == 0:
             with torch.no_grad():
                 fake = generator(latent())
-            h_real, h_fake = critic(torch.cat((draw_batch(data, args.batch_size), fake))).chunk(2)
+            h_real, h_fake = critic(torch.cat((draw_real(), fake))).chunk(2)
             loss = (
                 distance("repulsive", h_real, h_fake)
                 if args.repulsive
@@ -1230,7 +1300,7 @@ def train(args: Args) -> Path:
 
         # The generator brings them together.
         with torch.no_grad():
-            h_real = critic(draw_batch(data, args.batch_size))
+            h_real = critic(draw_real())
         loss = distance(args.loss, h_real, critic(generator(latent())))
         update("opt_generator", loss, args.lr_generator)
         averaged.update_parameters(generator)

@@ -339,6 +339,10 @@ def test_repulsive_loss():
 def test_mean_cost(cost):
     x, y = cloud(9, 3, shift=100.0), cloud(8, 3, 1, shift=99.0)
     torch.testing.assert_close(sinkhorn_gan.mean_cost(x, y, cost), brute_cost(x, y, cost).mean())
+    near, noise = torch.ones(9, 16), cloud(9, 16, 2, torch.float32)
+    x, y = near + 1e-4 * noise, near - 1e-4 * noise  # no cancellation
+    exact = brute_cost(x.double(), y.double(), cost).mean().item()
+    assert sinkhorn_gan.mean_cost(x, y, cost).item() == pytest.approx(exact, rel=0.05)
 
 
 def test_minibatch_energy_distance_sees_a_difference():
@@ -495,6 +499,49 @@ def test_value_is_below_the_exact_one_and_gains_with_iterations():
     assert values[0] < values[1] < values[2] <= values[3] + 1e-12
 
 
+@pytest.mark.parametrize("unroll", [False, True])
+def test_value_of_few_iterations_is_below_the_exact_one(unroll):
+    """Of different clouds and of a cloud with itself: (2) at any potentials made by a half-step."""
+    x, y = cloud(30, 2), cloud(25, 2, 1, shift=1.0)
+    for p, q in ((x, y), (x, x)):
+        exact = brute(p, q, 0.1)[0].item()
+        for k in (1, 2, 5, 50):
+            value = ot_cost(p, q, 0.1, tol=1e-13, max_iterations=k, unroll=unroll).item()
+            assert exact - 0.5 < value <= exact + 1e-12
+
+
+def test_start_of_points_with_themselves():
+    """A start takes the general way, however far off it is."""
+    x = cloud(30, 2)
+    f, g = sinkhorn_potentials(x, x, 0.1, tol=1e-8)
+    for start in (torch.zeros(30).double(), 10 * cloud(30, 1, 3)[:, 0]):
+        h, k, info = sinkhorn_potentials(x, x, 0.1, tol=1e-8, init=(start, start), return_info=True)
+        assert info["error"] <= 1e-8
+        plans = [((p[:, None] + q - brute_cost(x, x)) / 0.1).exp() / 900 for p, q in ((f, g), (h, k))]
+        torch.testing.assert_close(*plans, rtol=0, atol=1e-6)  # a lonely point's potentials are hardly defined
+
+
+def test_start_from_the_other_side_of_a_translation():
+    """y = x + c: the plan is that of x with itself, and the warm start of the divergence is exact."""
+    x = cloud(40, 3, 0, torch.float32)
+    value = sinkhorn_divergence(x, x + torch.tensor([3.0, 0.0, 4.0]), 0.1)
+    assert value.item() == pytest.approx(12.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-5), (torch.float64, 1e-5)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_both_clouds_far_from_the_origin(weighted, dtype, rtol):
+    """What rounding leaves of the means, and weights that sum to one only nearly, do not reach the value."""
+    x, y = cloud(50, 3, 0, dtype), cloud(40, 3, 1, dtype)
+    a = (weights(50) * (1 + 9e-5)).to(dtype) if weighted else None
+    x, y = x + 1000, y + 1000  # exactly what is measured below, rounding included
+    exact = sinkhorn_divergence(
+        x.double() - 1000, y.double() - 1000, 0.1, weights(50) if weighted else None, tol=1e-9
+    )
+    ours = sinkhorn_divergence(x, y, 0.1, a, tol=1e-5)
+    assert ours.item() == pytest.approx(exact.item(), rel=rtol)
+
+
 @pytest.mark.parametrize("share", [0.05, 1e-3])
 def test_warm_start(share):
     """From the potentials of nearly the same points it takes less; from useless ones it still arrives."""
@@ -536,8 +583,9 @@ ERRORS = [
     (X[:0], Y, {}, r"no points .*\(0, 3\)"),
     (X, Y[:0], {}, r"no points .*\(0, 3\)"),
     (X[:, :0], Y[:, :0], {}, r"no coordinates.*\(4, 0\)"),
-    (X.clone().fill_(math.nan), Y, {}, "x must be finite, but holds nan"),
-    (X, Y.clone().index_fill_(0, torch.tensor(2), -math.inf), {}, "y must be finite, but holds -inf"),
+    (X.clone().fill_(math.nan), Y, {}, "x and its squares must be finite, but it holds nan"),
+    (X, Y.clone().index_fill_(0, torch.tensor(2), -math.inf), {}, "y and its squares .* holds -inf"),
+    (1e25 * X.float(), Y.float(), {}, "x and its squares must be finite"),
     (X, Y, {"eps": 0.0}, "eps must be positive and finite, not 0.0"),
     (X, Y, {"eps": -1.0}, "eps .*-1.0"),
     (X, Y, {"eps": math.inf}, "eps .*inf"),
@@ -578,7 +626,7 @@ def test_value_errors_of_the_minibatch_energy_distance(x, y, options, message, m
 def test_other_value_errors():
     with pytest.raises(ValueError, match="road 'blocked' keeps no matrices"):
         ot_cost(X, Y, 1.0, unroll=True, road="blocked")
-    for bad in ((Y[:, 0], X[:, 0]), (X[:, 0], Y[:, 0] * math.nan), (X, Y)):
+    for bad in ((Y[:, 0], X[:, 0]), (X[:, 0], Y[:, 0] * math.nan), (X, Y), (X[:, 0],)):
         with pytest.raises(ValueError, match="init must be finite"):
             sinkhorn_potentials(X, Y, 1.0, init=bad)
 

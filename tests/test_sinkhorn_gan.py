@@ -148,6 +148,52 @@ def test_learned_critics_compare_by_cosine(tiny):
     assert Args(critic="fixed").cost == "euclidean" == Args(dataset="grid").cost
 
 
+def test_strata_take_the_luck_out_of_batches():
+    """Each mode gets its share of a stratified batch, and each quarter of the plane its latents."""
+    torch.manual_seed(0)
+    data = sinkhorn_gan.load_toy("grid")
+    ordered, (modes, _) = sinkhorn_gan.kd_order(data), sinkhorn_gan.toy_modes("grid")
+    assert 0.95 * len(data) < len(ordered) <= len(data) and len(ordered.unique(dim=0)) > 0.999 * len(ordered)
+    assert torch.isin(ordered[:, 0], data[:, 0]).all()
+
+    def spread(batches):
+        counts = [torch.cdist(b, modes).argmin(1).bincount(minlength=25).double() for b in batches]
+        return torch.stack(counts).std(0).mean().item()
+
+    iid = spread([sinkhorn_gan.draw_batch(data, 500) for _ in range(50)])
+    stratified = [sinkhorn_gan.draw_strata(ordered, 500) for _ in range(50)]
+    assert spread(stratified) < 0.6 * iid
+    assert not torch.equal(stratified[0], stratified[1])
+    torch.testing.assert_close(torch.cat(stratified).mean(0), data.mean(0), atol=0.05, rtol=0)
+    cube = torch.quasirandom.SobolEngine(2, scramble=True, seed=1).draw(512)
+    for _ in range(20):
+        z = sinkhorn_gan.draw_sobol(cube)
+        assert z.shape == (512, 2) and z.isfinite().all()
+        assert abs(z.mean()) < 0.03 and abs(z.std() - 1) < 0.03
+        quarters = ((z > 0).long() @ torch.tensor([1, 2])).bincount(minlength=4)
+        assert (quarters - 128).abs().max() <= 8  # of independent ones: 10 is one standard deviation
+    pairs = torch.stack(
+        [sinkhorn_gan.draw_sobol(cube)[7] for _ in range(2000)]
+    )  # one latent over many batches
+    assert pairs.mean(0).abs().max() < 0.1 and (pairs.std(0) - 1).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("options", [{}, {"stratified": False}, {"loss": "minibatch-energy"}], ids=str)
+def test_strata_are_for_toys(options, tiny, light, monkeypatch):
+    """Independent halves are stratified each for itself."""
+    names = ("draw_strata", "draw_sobol", "draw_batch")
+    for dataset in ("ring", "mnist"):
+        calls = {name: spy(monkeypatch, name) for name in names}
+        main(tiny(dataset=dataset, num_steps=1, num_eval_samples=0, critic="fixed", **options))
+        used = [
+            [len(args[0]) if name == "draw_sobol" else args[1] for args, _ in calls[name]] for name in names
+        ]
+        if dataset == "mnist" or options.get("stratified") is False:
+            assert used == [[], [], [8]]
+        else:
+            assert used == ([[4, 4], [4, 4], []] if "loss" in options else [[8], [8], []])
+
+
 def test_same_seed_same_run(tiny, light):
     first, second, third = (main(tiny(num_eval_samples=0, seed=seed)) for seed in (1, 1, 2))
     assert rows(first) == rows(second) != rows(third)
