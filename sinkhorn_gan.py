@@ -62,11 +62,16 @@ SCRIPT = "sinkhorn_gan"
 TOYS = ("ring", "grid")
 # What is not given is taken from here, by data set and by critic.
 TOY = {"num_steps": 10_000, "batch_size": 512, "latent_dim": 2, "critic": "fixed", "lr_decay": 0.6}
-TOY |= {"epsilon": 5e-4, "tolerance": 0.1, "max_iterations": 30}
+TOY |= {"epsilon": 5e-4, "tolerance": 0.1, "max_iterations": 30, "loss": "sinkhorn"}
 IMAGES = {"num_steps": 14_000, "batch_size": 64, "latent_dim": 32, "critic": "learned", "lr_decay": 0.7}
-IMAGES |= {"epsilon": 0.3, "tolerance": 0.01, "max_iterations": 100}
+IMAGES |= {"epsilon": 0.3, "tolerance": 0.01, "max_iterations": 100, "loss": "sinkhorn"}
 DEFAULTS = {"digits": IMAGES | {"num_steps": 1500}, "ring": TOY | {"epsilon": 1e-4}, "grid": TOY}
-FIXED = {"num_steps": 2000, "batch_size": 512, "epsilon": 0.05}  # images, compared pixel by pixel
+FIXED = {
+    "num_steps": 2000,
+    "batch_size": 512,
+    "epsilon": 0.05,
+    "loss": "minibatch-energy",
+}  # images, compared pixel by pixel
 COSTS = {"fixed": "euclidean", "learned": "cosine"}  # a learned critic could stretch distances without end
 
 
@@ -123,8 +128,8 @@ class Args:
     ema_decay: float = 0.999
     """decay per step of the averaged generator, which draws the samples"""
 
-    loss: Literal["sinkhorn", "minibatch-energy"] = "sinkhorn"
-    """debiased Sinkhorn divergence, or the minibatch energy distance of OT-GAN"""
+    loss: Literal["sinkhorn", "minibatch-energy"] | None = None
+    """Sinkhorn divergence, or OT-GAN's energy distance (default: sinkhorn; images, fixed critic: the other)"""
     cost: Literal["euclidean", "cosine"] | None = None
     """half the squared distance, or one minus the cosine (default: cosine for a learned critic)"""
     epsilon: float | None = None

@@ -518,7 +518,9 @@ def test_start_of_points_with_themselves():
         h, k, info = sinkhorn_potentials(x, x, 0.1, tol=1e-8, init=(start, start), return_info=True)
         assert info["error"] <= 1e-8
         plans = [((p[:, None] + q - brute_cost(x, x)) / 0.1).exp() / 900 for p, q in ((f, g), (h, k))]
-        torch.testing.assert_close(*plans, rtol=0, atol=1e-6)  # a lonely point's potentials are hardly defined
+        torch.testing.assert_close(
+            *plans, rtol=0, atol=1e-6
+        )  # a lonely point's potentials are hardly defined
 
 
 def test_start_from_the_other_side_of_a_translation():

@@ -91,7 +91,7 @@ OPTIONS = [
     {"cost": "euclidean", "critic": "learned", "loss": "minibatch-energy"},
     {"unroll": True, "critic": "learned", "repulsive": False, "max_iterations": 5, "spectral_norm": False},
     {"unroll": True, "critic": "learned", "max_iterations": 5},
-    {"unroll": True, "critic": "fixed", "max_iterations": 5},
+    {"unroll": True, "critic": "fixed", "loss": "sinkhorn", "max_iterations": 5},
     {"critic": "learned", "critic_every": 3, "tolerance": 0.1, "max_iterations": 1},
     {"lr_decay": 0.0, "ema_decay": 0.0, "beta1": 0.0, "torch_deterministic": False},
     {"eval_split": "validation"},
