@@ -129,7 +129,7 @@ class Args:
     """decay per step of the averaged generator, which draws the samples"""
 
     loss: Literal["sinkhorn", "minibatch-energy"] | None = None
-    """Sinkhorn divergence, or OT-GAN's energy distance (default: sinkhorn; images, fixed critic: the other)"""
+    """Sinkhorn divergence, or OT-GAN's energy distance (default: sinkhorn, but for images as they are)"""
     cost: Literal["euclidean", "cosine"] | None = None
     """half the squared distance, or one minus the cosine (default: cosine for a learned critic)"""
     epsilon: float | None = None

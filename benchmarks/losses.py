@@ -53,6 +53,7 @@ import torch
 import tyro
 from torch import Tensor
 
+os.environ.setdefault("PYKEOPS_VERBOSE", "0")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mmd_gan import fail, mmd2
 from sinkhorn_gan import mean_cost, sinkhorn_divergence
@@ -131,7 +132,7 @@ def pot(x: Tensor, y: Tensor, eps: float, tolerance: float, method: str) -> Tens
         a, b = x.new_full((len(x),), 1 / len(x)), y.new_full((len(y),), 1 / len(y))
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says so when it meets infinities or stops early
-            options = {"method": method, "stopThr": tolerance, "numItermax": 10_000}
+            options = {"method": method, "stopThr": tolerance, "numItermax": 1000}
             plan = ot.sinkhorn(a, b, cost.detach(), eps, **options)
             entropy = torch.xlogy(plan, plan * cost.numel()).sum()
         return (plan * cost).sum() + eps * entropy
