@@ -456,7 +456,7 @@ def ot_cost(
     x, y, a, b = checked(x, y, eps, a, b, cost, tol, max_iterations, road, unroll)
     if unroll:
         return unrolled_cost(x, y, eps, a, b, tol, max_iterations)
-    plan = transport(x, y, eps, a, b, tol, max_iterations, road, None, wanted(x, y))
+    plan = transport(x, y, eps, a, b, tol, max_iterations, road, None, asked(x, y))
     return GivenGradients.apply(plan.cost, plan.grad_x, plan.grad_y, x, y)
 
 
@@ -485,7 +485,7 @@ def sinkhorn_divergence(
         return xy - (xx + yy) / 2
     # OT(x, x) / 2 has the gradient of OT(x, .) in its first argument, or its second. With the one in which x
     # stands in OT(x, y), and that started from OT(y, y)'s more exact potential, all cancels where x equals y.
-    need_x, need_y = wanted(x, y)
+    need_x, need_y = asked(x, y)
     xx = transport(x, x, eps, a, a, tol / 10, max_iterations, road, None, (need_x, False))
     yy = transport(y, y, eps, b, b, tol / 10, max_iterations, road, None, (False, need_y))
     xy = transport(x, y, eps, a, b, tol, max_iterations, road, yy.g, (need_x, need_y))
@@ -555,7 +555,7 @@ def mean_cost(x: Tensor, y: Tensor, cost: str = "euclidean") -> Tensor:
     return (between + x.var(0, correction=0).sum() + y.var(0, correction=0).sum()) / 2
 
 
-def wanted(*points: Tensor) -> tuple[bool, ...]:
+def asked(*points: Tensor) -> tuple[bool, ...]:
     """Whether autograd will ask for the gradient in each of the points."""
     return tuple(torch.is_grad_enabled() and p.requires_grad for p in points)
 
@@ -569,6 +569,10 @@ def checked(x, y, eps, a, b, cost, tol, max_iterations, road, unroll=False) -> t
         raise ValueError(f"x and y must both be float32 or both float64, on one device, not {kinds}")
     if min(*x.shape, len(y)) < 1:
         raise ValueError(f"no points or no coordinates: x is {tuple(x.shape)} and y {tuple(y.shape)}")
+    if torch.is_autocast_enabled(x.device.type):  # its products in half precision were 4% off, without a word
+        raise ValueError(
+            f"this loss needs float32: call it under torch.autocast({x.device.type!r}, enabled=False)"
+        )
     if cost not in ("euclidean", "cosine") or road not in ("auto", "dense", "blocked"):
         raise ValueError(f"unknown cost {cost!r} or road {road!r}")
     if unroll and road == "blocked":

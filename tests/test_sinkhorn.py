@@ -380,18 +380,20 @@ def test_small_epsilon_against_brute_force():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("share", [0.05, 1e-4])
-def test_clouds_far_apart(share, dtype):
-    """A gap of 1e3 between clouds adds half its square, to the value; the plan does not see it."""
-    x, y = cloud(50, 3, 0, dtype), cloud(40, 3, 1, dtype) + 1000
+@pytest.mark.parametrize("gap", [10, 1000])
+def test_clouds_far_apart(gap, share, dtype):
+    """A gap between clouds adds half its square to the value; the plan does not see it."""
+    x, y = cloud(50, 3, 0, dtype), cloud(40, 3, 1, dtype) + gap
     y0 = y - y.mean(0) + x.mean(0)
     eps = share * mean_cost(x, y0)
     far = value_and_gradients(sinkhorn_divergence, x, y, eps)
     near = value_and_gradients(sinkhorn_divergence, x.double(), y0.double(), eps, tol=1e-6)
-    gap = x.double().mean(0) - y.double().mean(0)
-    pull = (gap @ gap).item() / 2
-    assert far[0].item() == pytest.approx(near[0].item() + pull, rel=1e-5)
-    assert relative(far[1] - gap / 50, near[1]) < 2e-2  # what is left once the common pull is taken away
-    eps = share * mean_cost(x, y)  # the plan is nearly a b^T
+    between = x.double().mean(0) - y.double().mean(0)
+    rest = far[0].item() - (between @ between).item() / 2
+    rounding = 1e-3 * near[0].item() + (1e-7 if dtype == torch.float32 else 1e-15) * 3 * gap**2
+    assert abs(rest - near[0].item()) < rounding
+    assert relative(far[1] - between / 50, near[1]) < 2e-2  # what is left once the common pull is taken away
+    eps = share * mean_cost(x, y)  # for 1000 the plan is nearly a b^T
     expected = sinkhorn_divergence(x.double(), y.double(), eps, tol=1e-8).item()
     assert sinkhorn_divergence(x, y, eps).item() == pytest.approx(expected, rel=1e-5)
 
@@ -623,6 +625,18 @@ def test_value_errors_of_the_minibatch_energy_distance(x, y, options, message, m
     monkeypatch.setattr(sinkhorn_gan, "transport", None)
     with pytest.raises(ValueError, match=message):
         minibatch_energy_distance(x, x, y, y, **{"eps": 1.0, **options})
+
+
+def test_half_precision_is_not_silent():
+    """autocast would make the products of float32 points in bfloat16."""
+    x, y = X.float(), Y.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        for function in (sinkhorn_potentials, ot_cost, sinkhorn_divergence):
+            with pytest.raises(ValueError, match=r"torch.autocast\('cpu', enabled=False\)"):
+                function(x, y, 1.0)
+        with torch.autocast("cpu", enabled=False):
+            inside = sinkhorn_divergence(x, y, 1.0)
+    assert inside == sinkhorn_divergence(x, y, 1.0)
 
 
 def test_other_value_errors():

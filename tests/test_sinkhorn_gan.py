@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import sinkhorn_gan
 from sinkhorn_gan import Args, main, sinkhorn_divergence
@@ -117,7 +118,7 @@ def test_every_option(options, dataset, tiny, light, monkeypatch):
     other = names[args.loss != "minibatch-energy"]
     assert len(calls["repulsive_loss"]) == (updates if args.repulsive else 0)
     assert len(calls[own]) == 3 + (0 if args.repulsive else updates) and not calls[other]
-    for _, used in calls[own]:
+    for _, used in calls[own] + calls["repulsive_loss"]:
         assert used["cost"] == args.cost and used["tol"] == args.tolerance
         assert used["max_iterations"] == args.max_iterations and used.get("unroll", False) == args.unroll
     spectral = any("parametrizations" in name for name in state["critic"])
@@ -128,22 +129,53 @@ def test_every_option(options, dataset, tiny, light, monkeypatch):
 def test_epsilon_is_relative_to_the_mean_cost(tiny, light, monkeypatch):
     calls = spy(monkeypatch, "sinkhorn_divergence")
     main(tiny(dataset="ring", num_steps=2, num_eval_samples=0, epsilon=0.3))
+    assert len(calls) == 2
     for (x, y, eps), options in calls:
         cost = (x.detach()[:, None] - y.detach()).square().sum(-1).mean().item() / 2
         assert eps == pytest.approx(0.3 * cost, rel=1e-5) and options["cost"] == "euclidean"
 
 
-def test_the_halves_are_independent(tiny, light, monkeypatch):
-    """The batch in two, each sample in one of them."""
-    for name, options in (("minibatch_energy_distance", {"repulsive": False}), ("repulsive_loss", {})):
-        calls = spy(monkeypatch, name)
-        main(tiny(num_steps=1, num_eval_samples=0, critic="learned", loss="minibatch-energy", **options))
-        for (*halves, _), _ in calls:
-            assert [len(h) for h in halves] == [4, 4, 4, 4]
-            assert len(torch.cat(halves).unique(dim=0)) == 16
+class Scale(nn.Module):
+    """A critic that returns its input, as long as its one weight has not moved."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.weight * x.flatten(1)
 
 
-def test_learned_critics_compare_by_cosine(tiny):
+@pytest.mark.parametrize("name", ["repulsive_loss", "minibatch_energy_distance"])
+def test_the_halves_are_independent(name, tiny, light, monkeypatch):
+    """The real batch in two, then the fake one, each sample in one half."""
+    monkeypatch.setattr(sinkhorn_gan, "make_critic", lambda *args: Scale())
+    drawn, draw = [], sinkhorn_gan.draw_batch
+    monkeypatch.setattr(sinkhorn_gan, "draw_batch", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    calls = spy(monkeypatch, name)
+    loss = "minibatch-energy" if name == "minibatch_energy_distance" else "sinkhorn"
+    options = {"num_steps": 1, "num_eval_samples": 0, "lr_critic": 1e-12, "lr_generator": 1e-12}
+    main(tiny(critic="learned", loss=loss, repulsive=name == "repulsive_loss", **options))
+    assert len(calls) == (1 if name == "repulsive_loss" else 2) and len(drawn) == 2
+    for ((x1, x2, y1, y2, _), _), real in zip(calls, drawn):
+        assert [len(half) for half in (x1, x2, y1, y2)] == [4, 4, 4, 4]
+        torch.testing.assert_close(torch.cat((x1, x2)).detach(), real.flatten(1))
+        assert len(torch.cat((x1, x2, y1, y2)).unique(dim=0)) == 16
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"repulsive": False}, {"loss": "minibatch-energy", "repulsive": False}]
+)
+def test_the_critic_keeps_real_and_fake_apart(options, tiny, light):
+    """With a generator that stands still the critic's loss falls and the generator's rises."""
+    options = {"dataset": "grid", "critic": "learned", "batch_size": 64, "num_steps": 60, **options}
+    lines = rows(main(tiny(num_eval_samples=0, lr_generator=1e-12, lr_critic=5e-3, epsilon=0.3, **options)))
+    first, last = lines[:10], lines[-10:]
+    assert sum(r["loss_critic"] for r in last) < sum(r["loss_critic"] for r in first)
+    assert sum(r["loss_generator"] for r in last) > 1.1 * sum(r["loss_generator"] for r in first)
+
+
+def test_learned_critics_compare_by_cosine():
     assert Args().cost == "cosine" == Args(loss="minibatch-energy").cost
     assert Args(critic="fixed").cost == "euclidean" == Args(dataset="grid").cost
 
