@@ -745,3 +745,17 @@ def test_memory_grows_linearly():
     result = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
     blocked, dense = map(float, result.stdout.split())
     assert blocked < 50 and dense > 130
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("share", [0.05, 1e-3])
+def test_cuda_agrees_with_float64(share, road, cost):
+    x, y = cloud(700, 16, 0, torch.float32), cloud(600, 16, 1, torch.float32, shift=0.5)
+    eps = share * sinkhorn_gan.mean_cost(x, y, cost).item()
+    exact = value_and_gradients(sinkhorn_divergence, x.double(), y.double(), eps, cost=cost, tol=1e-6)
+    ours = value_and_gradients(sinkhorn_divergence, x.cuda(), y.cuda(), eps, cost=cost, road=road)
+    assert ours[0].item() == pytest.approx(exact[0].item(), rel=1e-3)
+    assert all(relative(p.cpu(), q) < 3e-2 for p, q in zip(ours[1:], exact[1:]))

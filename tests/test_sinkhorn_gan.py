@@ -299,6 +299,18 @@ def test_generate(dataset, tiny, light, tmp_path):
     assert stop.value.code == 2
 
 
+def test_track_offline(run_cli, tmp_path):
+    options = ["--dataset", "ring", "--num-steps", 3, "--num-eval-samples", 50, "--device", "cpu"]
+    env = {"WANDB_MODE": "offline", "WANDB_API_KEY": None, "WANDB_SILENT": "true"}
+    result = run_cli("--track", *options, env=env | {"HOME": str(tmp_path)}, script="sinkhorn_gan.py")
+    assert result.returncode == 0, result.stderr
+    assert len(list(tmp_path.glob("runs/wandb/offline-run-*/*.wandb"))) == 1
+    (folder,) = tmp_path.glob("runs/sinkhorn_gan__*")
+    assert (
+        load(folder)["wandb_id"] and sorted(p.name for p in folder.iterdir() if "_0" not in p.name) == FILES
+    )
+
+
 # Bad input
 
 
