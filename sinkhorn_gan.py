@@ -16,18 +16,22 @@
 The generator minimises a distance of optimal transport between a batch of samples and a batch of data: the
 debiased Sinkhorn divergence S(x, y) = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2, or OT-GAN's minibatch energy
 distance. The cost of a pair is half its squared distance or one minus its cosine, between the samples
-themselves (--critic fixed) or between features of a critic that is trained to keep real and fake apart
-(--critic learned). Read it beside
+themselves (--critic fixed) or between features of a critic (--critic learned), which is trained to spread
+real samples out and to draw fake ones together, or else to make the distance large. Read it beside
     Genevay et al. 2018          Learning generative models with Sinkhorn divergences      1706.00292
     Salimans et al. 2018         OT-GAN and the minibatch energy distance                  1803.05573
     Feydy et al. 2019            Sinkhorn divergences between optimal transport and MMD    1810.08278
 
-    python sinkhorn_gan.py                                               # MNIST, learned critic
-    python sinkhorn_gan.py --critic fixed --batch-size 256               # MNIST, transport of pixels
-    python sinkhorn_gan.py --loss minibatch-energy                       # OT-GAN
-    python sinkhorn_gan.py --dataset grid                                # 25 Gaussians, transport of points
-    python sinkhorn_gan.py --resume runs/<run>                           # goes on as if never stopped
+    python sinkhorn_gan.py                                                       # MNIST, learned critic
+    python sinkhorn_gan.py --critic fixed                                        # MNIST, transport of pixels
+    python sinkhorn_gan.py --dataset digits                                      # no download
+    python sinkhorn_gan.py --dataset grid                                        # 25 Gaussians
+    python sinkhorn_gan.py --loss minibatch-energy --no-repulsive --critic-every 3     # OT-GAN
+    python sinkhorn_gan.py --critic fixed --loss sinkhorn --unroll --max-iterations 20 # as in 2018
+    python sinkhorn_gan.py --resume runs/<run>                                   # goes on as if never stopped
     python sinkhorn_gan.py --generate 10000 --checkpoint runs/<run>/checkpoint.pt --out samples/
+
+RESULT
 """
 
 import contextlib
@@ -66,12 +70,8 @@ TOY |= {"epsilon": 5e-4, "tolerance": 0.1, "max_iterations": 30, "loss": "sinkho
 IMAGES = {"num_steps": 14_000, "batch_size": 64, "latent_dim": 32, "critic": "learned", "lr_decay": 0.7}
 IMAGES |= {"epsilon": 0.3, "tolerance": 0.01, "max_iterations": 100, "loss": "sinkhorn"}
 DEFAULTS = {"digits": IMAGES | {"num_steps": 1500}, "ring": TOY | {"epsilon": 1e-4}, "grid": TOY}
-FIXED = {
-    "num_steps": 2000,
-    "batch_size": 512,
-    "epsilon": 0.05,
-    "loss": "minibatch-energy",
-}  # images, compared pixel by pixel
+# Of images that are compared pixel by pixel; the Sinkhorn divergence of batches averages them.
+FIXED = {"num_steps": 2000, "batch_size": 512, "epsilon": 0.05, "loss": "minibatch-energy"}
 COSTS = {"fixed": "euclidean", "learned": "cosine"}  # a learned critic could stretch distances without end
 
 
@@ -1298,12 +1298,8 @@ def train(args: Args) -> Path:
         if args.critic == "learned" and (step - 1) % args.critic_every == 0:
             with torch.no_grad():
                 fake = generator(latent())
-            h_real, h_fake = critic(torch.cat((draw_real(), fake))).chunk(2)
-            loss = (
-                distance("repulsive", h_real, h_fake)
-                if args.repulsive
-                else -distance(args.loss, h_real, h_fake)
-            )
+            features = critic(torch.cat((draw_real(), fake))).chunk(2)
+            loss = distance("repulsive", *features) if args.repulsive else -distance(args.loss, *features)
             scalars["loss_critic"] = loss
             update("opt_critic", loss, args.lr_critic)
 
