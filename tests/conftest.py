@@ -48,7 +48,10 @@ def tiny_mnist(tmp_path_factory) -> Path:
 def environment(changes: dict | None) -> dict:
     """This process's environment with changes; None takes a variable away."""
     env = os.environ | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "200", "OMP_NUM_THREADS": "2"}
-    env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")} | (changes or {})
+    # A W&B service that this process has started writes to paths that are relative to this one's folder.
+    env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "WANDB_SERVICE": None} | (
+        changes or {}
+    )
     return {name: value for name, value in env.items() if value is not None}
 
 
