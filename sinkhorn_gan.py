@@ -31,7 +31,8 @@ real samples out and to draw fake ones together, or else to make the distance la
     python sinkhorn_gan.py --resume runs/<run>                                   # goes on as if never stopped
     python sinkhorn_gan.py --generate 10000 --checkpoint runs/<run>/checkpoint.pt --out samples/
 
-RESULT
+The default run takes 25 minutes on one CPU core and some 15 on two: fid 3.2, which is 3.6 times that of real
+images, precision 0.70 and recall 0.84 (means of 3 seeds; results/sinkhorn_gan.md has the rest).
 """
 
 import contextlib
