@@ -687,7 +687,7 @@ def iterate(x, y, a, b, eps, g, tol, max_iterations, dense) -> tuple:
         gain = b @ (log_v - last[0]) - a @ (log_r - last[1]) if history else b.new_zeros(())
         facts = torch.stack(((v * s - b).abs().sum(), plain.abs().amax(), gain))
         error, reach, gain = facts.tolist()  # all at once: on a GPU each one would be a wait
-        if error <= tol:
+        if error <= tol and reach < RANGE:  # a light column may be lost below float32's range and not count
             break
         if not -1e-6 <= gain < math.inf:
             log_v = last[2]

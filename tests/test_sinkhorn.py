@@ -432,6 +432,24 @@ def test_equal_clouds_unrolled():
     assert abs(value.item()) < 1e-10 and max(g.abs().max() for g in gradients) < 1e-9
 
 
+@pytest.mark.parametrize("far", [1.0, 5.0])
+@pytest.mark.parametrize("n, eps", [(64, 1e-4), (256, 1e-4), (256, 1e-2)])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_loose_tolerance_loses_no_point(seed, n, eps, far):
+    """A point that is far from all others has no mass at first, less than the tolerance minds: it counts.
+
+    Its gradient is that of a plan whose columns sum to the weights, y_j / n minus a mean of the x_i / n.
+    """
+    x = cloud(n, 2, seed, torch.float32)
+    y = x.clone()
+    y[0] += far
+    y.requires_grad_()
+    (gradient,) = grad(ot_cost(x, y, eps, tol=0.1), y)
+    assert gradient.isfinite().all()
+    source = y[0] - n * gradient[0]
+    assert (source >= x.amin(0) - 1e-3).all() and (source <= x.amax(0) + 1e-3).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_duplicates(dtype):
     """A point given twice is a point of twice the weight."""
