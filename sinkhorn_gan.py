@@ -173,12 +173,13 @@ class Args:
         above_zero = "num_steps batch_size latent_dim channels feature_dim critic_every eval_every log_every"
         limits = dict.fromkeys(f"{above_zero} max_iterations".split(), (1, math.inf))
         limits |= dict.fromkeys(("lr_generator", "lr_critic", "epsilon", "tolerance"), (1e-12, 1e38))
-        limits |= dict.fromkeys(("beta1", "ema_decay", "lr_decay"), (0, 1)) | {"seed": (0, 2**32 - 1)}
+        limits |= dict.fromkeys(("ema_decay", "lr_decay"), (0, 1)) | {"beta1": (0, 0.999999)}
+        limits |= {"seed": (0, 2**32 - 1)}
         limits |= dict.fromkeys(("generate", "num_eval_samples"), (0, 1e38))
         for name, (low, high) in limits.items():
             value, option = getattr(self, name), "--" + name.replace("_", "-")
             if value is not None and not low <= value <= high:
-                bounded = f"in [{low}, {high}]" if high < 1e38 else "finite, not negative"
+                bounded = f"in [{low}, {high}]" if high < 1e38 else "finite and at least 0"
                 wanted = "positive" if low > 0 else bounded
                 raise ValueError(f"{option} must be {wanted}, not {value}")
         halves = self.loss == "minibatch-energy" or (self.critic == "learned" and self.repulsive)
@@ -986,7 +987,8 @@ def resumed_args(args, saved: dict):
     """The saved arguments, updated by the options that were given and that a resumed run may change."""
     free = "num_steps eval_every log_every num_eval_samples device track data_dir run_dir resume"
     default = {field.name: field.default for field in dataclasses.fields(args)}
-    given = {k: v for k, v in vars(args).items() if v != default[k]}
+    typed = {a.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for a in sys.argv[1:]}
+    given = {k: v for k, v in vars(args).items() if v != default[k] or k in typed}
     for name in given.keys() - {*free.split(), "wandb_project_name", "wandb_entity"}:
         if given[name] != saved[name]:
             fail(f"--{name.replace('_', '-')} {given[name]}: the run has {saved[name]}, and must keep it")
@@ -1128,8 +1130,14 @@ class Run:
         }
         state["rng_cuda"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state |= {"seconds": self.seconds + time.time() - self.start, "wandb_id": self.wandb_id}
+        state["paused"] = self.checkpoint.get("paused", 0.0) + self.paused
         write_file(self.folder / "checkpoint.pt", state)
         self.last_saved = self.step
+
+    def train_seconds(self) -> float:
+        """Seconds of training up to now, before a resume too; evaluations do not count."""
+        before = self.seconds - self.checkpoint.get("paused", 0.0)
+        return before + time.time() - self.start - self.paused
 
     def due(self, every: int) -> bool:
         """Whether what is done every so many steps, and after the last one, is to be done now."""
@@ -1179,7 +1187,8 @@ class Run:
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.log_wandb(row, pictures)
-        shown = {name: f"{value:.3g}" for name, value in self.metrics.items() if not isinstance(value, list)}
+        plain = {name: value for name, value in self.metrics.items() if not isinstance(value, list)}
+        shown = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in plain.items()}
         loss = next(iter(self.scalars.values()))
         self.bar.set_postfix(loss=f"{loss:.4f}", **shown, refresh=False)
         if evaluated and shown:
