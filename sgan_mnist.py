@@ -120,8 +120,7 @@ class Args:
     explicit_fake_class: bool = False
     """learn the logit of generated images instead of fixing it to 0"""
     consistency: Literal["augmentation", "vat", "none"] = "augmentation"
-    """what an unlabelled image's class shall survive: augmentation, which all images go through then, or
-    virtual adversarial perturbation"""
+    """what an unlabelled image's class survives: augmentation (then of all images), or adversarial steps"""
     consistency_weight: float = 1.0
     """weight of the consistency term"""
     threshold: float = 0.95
