@@ -887,10 +887,12 @@ def start_wandb(args, name: str, run_id: str | None):
 
 
 def plot_curves(folder: Path) -> None:
-    """curves.png: every scalar of metrics.jsonl against the step."""
+    """curves.png: every scalar of metrics.jsonl against the step; none of a run stopped before its first."""
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if not rows:
+        return
     names = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list))
     names.pop("step")
     figure = Figure(figsize=(14, 2.6 * math.ceil(len(names) / 4)), layout="constrained")
@@ -987,14 +989,8 @@ class Run:
         }
         state["rng_cuda"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state |= {"seconds": self.seconds + time.time() - self.start, "wandb_id": self.wandb_id}
-        state["paused"] = self.checkpoint.get("paused", 0.0) + self.paused
         write_file(self.folder / "checkpoint.pt", state)
         self.last_saved = self.step
-
-    def train_seconds(self) -> float:
-        """Seconds of training up to now, before a resume too; evaluations do not count."""
-        before = self.seconds - self.checkpoint.get("paused", 0.0)
-        return before + time.time() - self.start - self.paused
 
     def due(self, every: int) -> bool:
         """Whether what is done every so many steps, and after the last one, is to be done now."""

@@ -256,6 +256,25 @@ def test_resume_is_bit_for_bit(options, tiny, monkeypatch, capsys):
     assert (folder / "samples.png").read_bytes() == (straight / "samples.png").read_bytes()
 
 
+def test_stop_before_anything_is_logged(tiny, monkeypatch, capsys):
+    """Ctrl-C in the first step of a run that logs every hundred: one line, a checkpoint, and it resumes."""
+    args, unpatched = tiny(log_every=100, eval_every=100), mmd_gan.Run.steps
+
+    def steps(run):
+        for number in unpatched(run):
+            os.kill(os.getpid(), signal.SIGINT)
+            yield number
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mmd_gan.Run, "steps", steps)
+        with pytest.raises(SystemExit) as stop:
+            main(args)
+    (folder,) = Path(args.run_dir).glob(f"{args.exp_name}__*")
+    assert stop.value.code == 130 and "stopped after step 1" in capsys.readouterr().err
+    assert load(folder)["step"] == 1 and not metrics(folder)
+    assert main(Args(resume=str(folder))) == folder and [row["step"] for row in metrics(folder)] == [4]
+
+
 def test_resume_writes_again_what_came_after_the_checkpoint(tiny, monkeypatch):
     """A run that died (no signal, nothing saved) leaves lines after its checkpoint: they are not doubled."""
     straight, args = main(tiny(num_steps=6)), tiny(num_steps=6)
