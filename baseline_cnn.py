@@ -360,10 +360,12 @@ def start_wandb(args, name: str, run_id: str | None):
 
 
 def plot_curves(folder: Path) -> None:
-    """curves.png: every scalar of metrics.jsonl against the step."""
+    """curves.png: every scalar of metrics.jsonl against the step; none of a run stopped before its first."""
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if not rows:
+        return
     names = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list))
     names.pop("step")
     figure = Figure(figsize=(14, 2.6 * math.ceil(len(names) / 4)), layout="constrained")
