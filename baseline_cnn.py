@@ -185,10 +185,10 @@ def split_labels(labels: Tensor, num_labels: int, label_seed: int) -> tuple[Tens
     if num_labels > n:
         fail(f"--num-labels {num_labels} exceeds the {n} training images")
     if num_labels % classes:
-        fail(f"--num-labels must be a multiple of the {classes} classes, or all {n} images, not {num_labels}")
+        fail(f"--num-labels must be a multiple of the {classes} classes, not {num_labels}")
     if num_labels > classes * smallest:
-        most = f"the smallest class has {smallest} images: give at most {classes * smallest}, or all {n}"
-        fail(f"--num-labels {num_labels} cannot be balanced; {most}")
+        most = f"the smallest class has {smallest} images; give at most {classes * smallest}"
+        fail(f"--num-labels {num_labels} cannot be balanced: {most}")
     by_class = [order[labels[order] == k] for k in range(classes)]
     size = num_labels // classes
     return torch.cat([c[:size] for c in by_class]), torch.cat([c[size:] for c in by_class])
@@ -276,7 +276,7 @@ def average(model: nn.Module, decay: float) -> AveragedModel:
 
 
 @torch.no_grad()
-def classify(classifier: nn.Module, images: Tensor, labels: Tensor, views: int) -> tuple[dict, Tensor]:
+def classify(classifier: nn.Module, images: Tensor, labels: Tensor, views: int = 0) -> tuple[dict, Tensor]:
     """Accuracy and errors on images (n, 28, 28) uint8, and the classes found (n,) among the first 10.
 
     Besides each image counts the mean probability over that many augmented views of it, from seed 0; if there
@@ -615,7 +615,7 @@ def train(args: Args) -> Path:
 
     def evaluate() -> dict:
         seconds = run.train_seconds()
-        metrics, found = classify(averaged, x_eval, y_eval, views=0)
+        metrics, found = classify(averaged, x_eval, y_eval)
         plot_confusion(run.folder / "confusion.png", y_eval, found)
         wrong = x_eval[found != y_eval]
         for name in (f"samples_{run.step:06d}.png", "samples.png"):  # what it gets wrong
