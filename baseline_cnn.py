@@ -338,7 +338,8 @@ def resumed_args(args, saved: dict):
     for name in given.keys() - {*free.split(), "wandb_project_name", "wandb_entity"}:
         if given[name] != saved[name]:
             fail(f"--{name.replace('_', '-')} {given[name]}: the run has {saved[name]}, and must keep it")
-    return type(args)(**{**saved, "track": False, "device": "auto", **given})
+    near = str(Path(args.resume).resolve().parent)  # a run may have been moved
+    return type(args)(**{**saved, "track": False, "device": "auto", "run_dir": near, **given})
 
 
 def pick_device(name: str) -> torch.device:
@@ -405,7 +406,8 @@ def plot_confusion(path: Path, labels: Tensor, found: Tensor) -> None:
     axes.set_title(f"{int(errors.sum())} errors in {len(labels)}")
     axes.imshow(errors.numpy(), cmap="Oranges")
     for row, column in np.ndindex(10, 10):
-        axes.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=8)
+        color = "white" if 2 * errors[row, column] > errors.max() else "black"
+        axes.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=8, color=color)
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=90)
     write_file(path, buffer.getvalue())
 

@@ -992,7 +992,8 @@ def resumed_args(args, saved: dict):
     for name in given.keys() - {*free.split(), "wandb_project_name", "wandb_entity"}:
         if given[name] != saved[name]:
             fail(f"--{name.replace('_', '-')} {given[name]}: the run has {saved[name]}, and must keep it")
-    return type(args)(**{**saved, "track": False, "device": "auto", **given})
+    near = str(Path(args.resume).resolve().parent)  # a run may have been moved
+    return type(args)(**{**saved, "track": False, "device": "auto", "run_dir": near, **given})
 
 
 def pick_device(name: str) -> torch.device:
