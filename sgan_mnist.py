@@ -125,6 +125,8 @@ class Args:
     """weight of the consistency term"""
     threshold: float = 0.8
     """consistency counts under augmentation where the averaged classifier is at least as sure"""
+    paste: float = 0.5
+    """share of augmented images with a patch of another one: so many at first, none after half of the run"""
     vat_radius: float = 2.0
     """length of the adversarial perturbation, for pixels in [-1, 1]"""
     entropy: float = 0.0
@@ -161,7 +163,8 @@ class Args:
         limits = dict.fromkeys((*above_zero.split(), "eval_every", "log_every"), (1, math.inf))
         limits |= dict.fromkeys(("seed", "label_seed"), (0, 2**32 - 1))
         limits |= dict.fromkeys(("lr", "lr_generator", "vat_radius"), (1e-12, 1e38))
-        limits |= dict.fromkeys(("ema_decay", "lr_decay", "threshold"), (0, 1)) | {"beta1": (0, 0.999999)}
+        limits |= dict.fromkeys(("ema_decay", "lr_decay", "threshold", "paste"), (0, 1))
+        limits |= {"beta1": (0, 0.999999)}
         not_negative = "gan_weight consistency_weight entropy pull_away eval_views generate num_eval_samples"
         limits |= dict.fromkeys(not_negative.split(), (0, 1e38))
         for name, (low, high) in limits.items():
@@ -283,6 +286,26 @@ def augment(images: Tensor) -> Tensor:
     theta = torch.stack([torch.stack(row, 1) for row in rows], 1)  # (n, 2, 3), output to input places
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images + 1, grid, align_corners=False) - 1
+
+
+def paste_patches(images: Tensor, share: float) -> Tensor:
+    """Images (n, 1, h, w) of which that share, at random, shows a patch of another one, the lighter of both.
+
+    The patch is a rectangle of 4 to 8 pixels a side and stays where it was. A stroke too many then does not
+    change a class: else a bar through a 7 that no labelled image has may make it a 3, with all its likes.
+    """
+    n, _, height, width = images.shape
+
+    def inside(size: int) -> Tensor:
+        side = 4 + 4 * torch.rand(n, 1, device=images.device)
+        start = torch.rand(n, 1, device=images.device) * (size - side)
+        place = torch.arange(size, device=images.device)
+        return (place >= start) & (place < start + side)
+
+    patch = inside(height)[:, None, :, None] & inside(width)[:, None, None, :]
+    patch &= torch.rand(n, 1, 1, 1, device=images.device) < share
+    others = images[torch.randperm(n, device=images.device)]
+    return torch.where(patch, torch.maximum(images, others), images)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -918,7 +941,12 @@ def train(args: Args) -> Path:
     opt_classifier, opt_generator = adam(classifier.parameters(), args.lr), adam(generator.parameters())
     networks = {"generator": generator, "averaged": averaged, "classifier": classifier, "teacher": teacher}
     run.hold(**networks, opt_classifier=opt_classifier, opt_generator=opt_generator)
-    distort = augment if args.consistency == "augmentation" else nn.Identity()
+
+    def distort(images: Tensor) -> Tensor:
+        if args.consistency != "augmentation":
+            return images
+        images, share = augment(images), args.paste * (1 - 2 * run.step / args.num_steps)
+        return paste_patches(images, share) if share > 0 else images
 
     def discriminate(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         features, logits = model(images)
