@@ -61,7 +61,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 SCRIPT = "sgan_mnist"
-STEPS = {"digits": 1500}  # other data sets: 8,000
+STEPS = {"digits": 1500}  # other data sets: 6,000
 
 
 @dataclasses.dataclass
@@ -93,7 +93,7 @@ class Args:
     """seed of the draw of the labelled images (default: --seed)"""
 
     num_steps: int | None = None
-    """updates of classifier and generator (default: 8,000; 1,500 for digits)"""
+    """updates of classifier and generator (default: 6,000; 1,500 for digits)"""
     batch_size: int = 128
     """unlabelled images in a batch; half as many are generated"""
     label_batch_size: int = 100
@@ -155,7 +155,7 @@ class Args:
 
     def __post_init__(self) -> None:
         if not self.resume:  # else what was not given is taken from the run
-            self.num_steps = STEPS.get(self.dataset, 8000) if self.num_steps is None else self.num_steps
+            self.num_steps = STEPS.get(self.dataset, 6000) if self.num_steps is None else self.num_steps
             self.eval_every = math.ceil(self.num_steps / 10) if self.eval_every is None else self.eval_every
             self.label_seed = self.seed if self.label_seed is None else self.label_seed
         self.num_eval_samples = self.num_eval_samples if self.gan_weight else 0

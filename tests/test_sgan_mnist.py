@@ -183,6 +183,40 @@ def test_augmentation_is_differentiable():
     assert torch.autograd.gradcheck(seeded, (images,))
 
 
+def test_patches_are_rectangles_of_another_image():
+    """Image i has the level i everywhere: what a patch shows is another level, and never a lower one."""
+    torch.manual_seed(0)
+    levels = torch.linspace(-1, 1, 200).view(-1, 1, 1, 1)
+    images = levels.expand(-1, 1, 28, 20)
+    out = sgan_mnist.paste_patches(images, 1.0)
+    assert out.shape == images.shape and out.dtype == images.dtype
+    changed = (out != images).squeeze(1)
+    touched = changed.flatten(1).any(1)
+    assert 60 < touched.sum() < 140  # half of all the other images are lighter
+    for image, patch in zip(out[touched].squeeze(1), changed[touched]):
+        rows, columns = patch.any(1).nonzero().flatten(), patch.any(0).nonzero().flatten()
+        sides = {int(places[-1] - places[0]) + 1 for places in (rows, columns)}
+        assert sides <= set(range(4, 9)) and patch.sum() == len(rows) * len(columns)
+        shown = image[patch]
+        assert (shown == shown[0]).all() and (shown[0] > image[~patch][0]) and (shown[0] == levels).any()
+    assert changed.any(0)[4:-4, 4:-4].float().mean() > 0.9  # anywhere
+    assert torch.equal(sgan_mnist.paste_patches(images, 0.0), images)
+    touched = (sgan_mnist.paste_patches(images, 0.3) != images).flatten(1).any(1)
+    assert 10 < touched.sum() < 55
+
+
+def test_patches_fade_by_half_of_the_run(tiny, monkeypatch):
+    shares, paste = [], sgan_mnist.paste_patches
+    spy = lambda images, share: shares.append(share) or paste(images, share)  # noqa: E731
+    monkeypatch.setattr(sgan_mnist, "paste_patches", spy)
+    sgan_mnist.main(tiny(sgan_mnist, num_eval_samples=0, num_steps=6, paste=0.6))
+    # Real images, fakes for the classifier, and fakes for the generator.
+    assert shares == pytest.approx([0.4] * 3 + [0.2] * 3)
+    sgan_mnist.main(tiny(sgan_mnist, num_eval_samples=0, num_steps=1, paste=0.0))
+    sgan_mnist.main(tiny(sgan_mnist, num_eval_samples=0, num_steps=3, consistency="none"))
+    assert len(shares) == 6
+
+
 # Evaluation
 
 
