@@ -18,15 +18,13 @@ that the K others give the class, p(y | x) = softmax(l), and the probability tha
 D = Z / (Z + 1) with Z = sum_k exp(l_k). Labelled images teach the classes, unlabelled and fake ones teach D,
 and the generator matches the mean features of real images. Read it beside
     Salimans et al. 2016     Improved Techniques for Training GANs: K + 1 classes      1606.03498
-    Dai et al. 2017          Good semi-supervised learning that requires a bad GAN     1705.09783
-    Miyato et al. 2018       virtual adversarial training                              1704.03976
     Tarvainen, Valpola 2017  the averaged classifier as a teacher                      1703.01780
     Sohn et al. 2020         FixMatch: confident classes of an image teach its augmentation   2001.07685
 
     python sgan_mnist.py                                       # MNIST, 100 labels
     python sgan_mnist.py --num-labels 20 --label-seed 3        # another draw of fewer labels
     python sgan_mnist.py --dataset digits                      # no download
-    python sgan_mnist.py --consistency none                    # feature matching alone, as in 2016
+    python sgan_mnist.py --no-augment                          # feature matching alone, as in 2016
     python sgan_mnist.py --resume runs/<run>                   # goes on as if never stopped
     python sgan_mnist.py --generate 10000 --checkpoint runs/<run>/checkpoint.pt --out samples/
 
@@ -119,23 +117,17 @@ class Args:
     """the generator matches mean features; or else it minimises -log D"""
     explicit_fake_class: bool = False
     """learn the logit of generated images instead of fixing it to 0"""
-    consistency: Literal["augmentation", "vat", "none"] = "augmentation"
-    """what an unlabelled image's class survives: augmentation (then of all images), or adversarial steps"""
+    augment: bool = True
+    """turn, shear, scale and shift all images at random; without it the next four options mean nothing"""
     consistency_weight: float = 1.0
-    """weight of the consistency term"""
+    """weight of pseudo-labels: augmented, an unlabelled image keeps its class by the averaged classifier"""
     threshold: float = 0.8
-    """consistency counts under augmentation where the averaged classifier is at least as sure"""
+    """pseudo-labels count where the averaged classifier is at least as sure of them"""
     paste: float = 0.5
     """share of augmented images with a patch of another one: so many at first, none after half of the run"""
-    vat_radius: float = 2.0
-    """length of the adversarial perturbation, for pixels in [-1, 1]"""
-    entropy: float = 0.0
-    """weight of the entropy of an unlabelled image's classes (Dai et al. 2017)"""
-    pull_away: float = 0.0
-    """weight of the generator's pull-away term (Dai et al. 2017)"""
-
     eval_views: int = 8
     """augmented views of an image that count in its class beside the image itself"""
+
     num_eval_samples: int = 10_000
     """samples drawn for an evaluation of the generator; 0 switches it off"""
     eval_every: int | None = None
@@ -162,10 +154,10 @@ class Args:
         above_zero = "num_labels num_steps batch_size label_batch_size latent_dim channels"
         limits = dict.fromkeys((*above_zero.split(), "eval_every", "log_every"), (1, math.inf))
         limits |= dict.fromkeys(("seed", "label_seed"), (0, 2**32 - 1))
-        limits |= dict.fromkeys(("lr", "lr_generator", "vat_radius"), (1e-12, 1e38))
+        limits |= dict.fromkeys(("lr", "lr_generator"), (1e-12, 1e38))
         limits |= dict.fromkeys(("ema_decay", "lr_decay", "threshold", "paste"), (0, 1))
         limits |= {"beta1": (0, 0.999999)}
-        not_negative = "gan_weight consistency_weight entropy pull_away eval_views generate num_eval_samples"
+        not_negative = "gan_weight consistency_weight eval_views generate num_eval_samples"
         limits |= dict.fromkeys(not_negative.split(), (0, 1e38))
         for name, (low, high) in limits.items():
             value, option = getattr(self, name), "--" + name.replace("_", "-")
@@ -173,13 +165,10 @@ class Args:
                 bounded = f"in [{low}, {high}]" if high < 1e38 else "finite and at least 0"
                 wanted = "positive" if low > 0 else bounded
                 raise ValueError(f"{option} must be {wanted}, not {value}")
-        if self.pull_away and not self.gan_weight:
-            raise ValueError("--pull-away acts on a generator, and --gan-weight 0 trains none")
         if 0 < self.num_eval_samples < 10:
             raise ValueError(f"--num-eval-samples must be 0 or at least 10, not {self.num_eval_samples}")
-        if self.batch_size < (4 if self.pull_away else 2):
-            wanted = "4 with --pull-away, which compares pairs" if self.pull_away else "2"
-            raise ValueError(f"--batch-size must be at least {wanted}, not {self.batch_size}")
+        if self.batch_size < 2:
+            raise ValueError(f"--batch-size must be at least 2, not {self.batch_size}")
 
 
 def fail(message: str) -> NoReturn:
@@ -422,18 +411,6 @@ def feature_matching_loss(real: Tensor, fake: Tensor) -> Tensor:
     return (real.mean(0) - fake.mean(0)).square().sum()
 
 
-def pull_away_loss(features: Tensor) -> Tensor:
-    """Mean squared cosine of the pairs of features (n, d) (Dai et al. 2017, section 4.2)."""
-    n, unit = len(features), F.normalize(features)
-    squares = (unit @ unit.T).square()
-    return (squares.sum() - squares.trace()) / (n * (n - 1))
-
-
-def entropy_loss(logits: Tensor) -> Tensor:
-    """Mean entropy of the classes of logits (n, K) (Dai et al. 2017, equation 6)."""
-    return -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
-
-
 def pseudo_label_loss(logits: Tensor, teacher: Tensor, threshold: float) -> Tensor:
     """Cross-entropy of logits (n, K) with the teacher's classes, 0 where the teacher is not sure of them.
 
@@ -441,28 +418,6 @@ def pseudo_label_loss(logits: Tensor, teacher: Tensor, threshold: float) -> Tens
     """
     sure, classes = teacher.detach().softmax(1).max(1)
     return ((sure >= threshold) * F.cross_entropy(logits, classes, reduction="none")).mean()
-
-
-def virtual_adversarial_loss(model: Callable[[Tensor], Tensor], images: Tensor, radius: float) -> Tensor:
-    """KL(p(. | x) || p(. | x + r)) at the r of length radius that makes it largest (Miyato et al. 2018).
-
-    model: images (n, ...) to logits (n, K), the same at each call; one power iteration (algorithm 1). No
-    gradient goes through p(. | x).
-    """
-
-    def scaled(r: Tensor, length: float) -> Tensor:
-        return length * F.normalize(r.flatten(1)).view_as(r)
-
-    def divergence(r: Tensor) -> Tensor:
-        log_q = model(images + r).log_softmax(1)
-        return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-
-    with torch.no_grad():
-        log_p = model(images).log_softmax(1)
-    # The divergence has its minimum at r = 0; a step from there shows the direction in which it grows.
-    r = scaled(torch.randn_like(images), 0.1 * radius).requires_grad_()
-    (direction,) = torch.autograd.grad(divergence(r), r)
-    return divergence(scaled(direction, radius))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -943,7 +898,7 @@ def train(args: Args) -> Path:
     run.hold(**networks, opt_classifier=opt_classifier, opt_generator=opt_generator)
 
     def distort(images: Tensor) -> Tensor:
-        if args.consistency != "augmentation":
+        if not args.augment:
             return images
         images, share = augment(images), args.paste * (1 - 2 * run.step / args.num_steps)
         return paste_patches(images, share) if share > 0 else images
@@ -966,7 +921,7 @@ def train(args: Args) -> Path:
         samples = draw_samples(averaged, args.latent_dim, max(evaluation.count, 100), args.seed, device)
         for name in (f"samples_{run.step:06d}.png", "samples.png"):
             save_picture(run.folder / name, samples, x)
-        metrics, found = classify(teacher, x_eval, y_eval, args.eval_views)
+        metrics, found = classify(teacher, x_eval, y_eval, args.eval_views if args.augment else 0)
         plot_confusion(run.folder / "confusion.png", y_eval, found)
         return metrics | {"train_seconds": seconds} | evaluation(samples)
 
@@ -989,19 +944,11 @@ def train(args: Args) -> Path:
             both = torch.cat((images[-len(fake) :], distort(fake.detach())))
             scalars["loss_gan"] = discriminator_loss(*discriminate(classifier, both)[1].chunk(2))
             loss = loss + args.gan_weight * scalars["loss_gan"]
-        if args.consistency == "augmentation":
+        if args.augment and args.consistency_weight:
             with torch.no_grad():
                 l_teacher = discriminate(teacher.eval(), clean)[1]
             term = scalars["loss_consistency"] = pseudo_label_loss(l_real, l_teacher, args.threshold)
             loss = loss + args.consistency_weight * term
-        elif args.consistency == "vat":
-            classifier.eval()  # the same function at each call
-            term = virtual_adversarial_loss(lambda v: discriminate(classifier, v)[1], clean, args.vat_radius)
-            scalars["loss_consistency"] = term
-            loss = loss + args.consistency_weight * term
-        if args.entropy:
-            scalars["entropy"] = entropy_loss(l_real)
-            loss = loss + args.entropy * scalars["entropy"]
         update(opt_classifier, loss, args.lr)
         teacher.update_parameters(classifier)
 
@@ -1012,9 +959,6 @@ def train(args: Args) -> Path:
             matching = args.feature_matching
             loss_generator = feature_matching_loss(h_real, h_fake) if matching else generator_loss(l_fake)
             scalars["loss_generator"] = loss_generator
-            if args.pull_away:
-                scalars["pull_away"] = pull_away_loss(h_fake)
-                loss_generator = loss_generator + args.pull_away * scalars["pull_away"]
             update(opt_generator, loss_generator, args.lr_generator)
             averaged.update_parameters(generator)
 

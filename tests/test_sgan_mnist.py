@@ -1,6 +1,5 @@
 """sgan_mnist.py and baseline_cnn.py: the draw of labels, each loss term, and both scripts from end to end."""
 
-import itertools
 import json
 import math
 import os
@@ -213,7 +212,7 @@ def test_patches_fade_by_half_of_the_run(tiny, monkeypatch):
     # Real images, fakes for the classifier, and fakes for the generator.
     assert shares == pytest.approx([0.4] * 3 + [0.2] * 3)
     sgan_mnist.main(tiny(sgan_mnist, num_eval_samples=0, num_steps=1, paste=0.0))
-    sgan_mnist.main(tiny(sgan_mnist, num_eval_samples=0, num_steps=3, consistency="none"))
+    sgan_mnist.main(tiny(sgan_mnist, num_eval_samples=0, num_steps=3, augment=False))
     assert len(shares) == 6
 
 
@@ -317,25 +316,6 @@ def test_feature_matching_loss():
     assert torch.autograd.gradcheck(sgan_mnist.feature_matching_loss, (real, fake))
 
 
-def test_pull_away_loss():
-    torch.manual_seed(0)
-    f = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
-    expected = sum((f[i] @ f[j] / (f[i].norm() * f[j].norm())) ** 2 for i, j in pairs) / len(pairs)
-    torch.testing.assert_close(sgan_mnist.pull_away_loss(f), expected)
-    assert sgan_mnist.pull_away_loss(torch.eye(3)) == 0
-    assert torch.autograd.gradcheck(sgan_mnist.pull_away_loss, (f,))
-
-
-def test_entropy_loss(logits):
-    p = logits[0].softmax(1)
-    torch.testing.assert_close(sgan_mnist.entropy_loss(logits[0]), -(p * p.log()).sum() / 7)
-    uniform = sgan_mnist.entropy_loss(torch.zeros(3, 10))
-    assert uniform.item() == pytest.approx(math.log(10))
-    assert sgan_mnist.entropy_loss(1e4 * torch.eye(10)).item() == 0
-    assert torch.autograd.gradcheck(sgan_mnist.entropy_loss, logits[:1])
-
-
 def test_pseudo_label_loss():
     torch.manual_seed(0)
     student, teacher = (torch.randn(6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -347,55 +327,6 @@ def test_pseudo_label_loss():
     loss.backward()
     assert teacher.grad is None
     assert [bool(g.any()) for g in student.grad] == [bool(s >= threshold) for s in p.max(1).values]
-
-
-def test_virtual_adversarial_loss_finds_the_worst_direction():
-    """For two classes the divergence grows in one direction only, which one power iteration finds."""
-    torch.manual_seed(0)
-    w, x = torch.randn(2, 12, dtype=torch.float64), torch.randn(4, 1, 3, 4, dtype=torch.float64)
-
-    def model(images):
-        return images.flatten(1) @ w.T
-
-    def divergence(r):
-        p, q = model(x).softmax(1), model(x + r).softmax(1)
-        return (p * (p / q).log()).sum(1)
-
-    radius = 1e-3
-    worst = radius * F.normalize(w[0] - w[1], dim=0).view(1, 3, 4)
-    found = sgan_mnist.virtual_adversarial_loss(model, x, radius)
-    torch.testing.assert_close(found, divergence(worst).mean(), rtol=1e-2, atol=0)
-    random = [radius * F.normalize(torch.randn(4, 12).double()).view_as(x) for _ in range(20)]
-    assert all(divergence(r).mean() < found for r in random)
-
-
-def test_virtual_adversarial_loss_is_the_divergence_from_a_fixed_target():
-    """At a radius at which both directions of the divergence differ: the value, and the gradient in w."""
-    torch.manual_seed(0)
-    w = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
-    x = torch.randn(4, 1, 3, 4, dtype=torch.float64)
-
-    def model(images):
-        return images.flatten(1) @ w.T
-
-    found = sgan_mnist.virtual_adversarial_loss(model, x, 1.0)
-    (gradient,) = torch.autograd.grad(found, w)
-    # Of the two ends of the only direction that matters it takes, for each image, the one it came upon.
-    worst = F.normalize(w.detach()[0] - w.detach()[1], dim=0).view(1, 3, 4)
-    p = model(x).softmax(1).detach()
-    values = [(p * (p.log() - model(x + sign * worst).log_softmax(1))).sum(1) for sign in (1, -1)]
-    choices = [sum(z) / 4 for z in itertools.product(*zip(*values))]
-    errors = [abs(choice - found).item() for choice in choices]
-    best = choices[errors.index(min(errors))]
-    torch.testing.assert_close(found, best, rtol=1e-2, atol=0)
-    torch.testing.assert_close(gradient, torch.autograd.grad(best, w)[0], rtol=5e-2, atol=1e-2)
-
-
-def test_virtual_adversarial_loss_trains_the_model():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
-    sgan_mnist.virtual_adversarial_loss(model, torch.randn(5, 1, 4, 4), 1.0).backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters()) and model[1].weight.grad.any()
 
 
 # The scripts
@@ -421,10 +352,8 @@ def test_every_data_set(script, dataset, tiny, capsys):
 
 OPTIONS = [
     {"feature_matching": False},
-    {"explicit_fake_class": True, "entropy": 0.1},
-    {"consistency": "vat", "pull_away": 0.5},
-    {"consistency": "none", "entropy": 0.1, "pull_away": 0.1, "feature_matching": False},
-    {"consistency": "vat", "explicit_fake_class": True, "gan_weight": 0.0},
+    {"explicit_fake_class": True, "consistency_weight": 0.0, "paste": 0.0},
+    {"explicit_fake_class": True, "augment": False, "gan_weight": 0.0},
     {"gan_weight": 0.0, "ema_decay": 0.0, "threshold": 0.0},
     {"eval_split": "validation", "num_eval_samples": 0, "lr_decay": 0.0, "beta1": 0.0, "eval_views": 0},
 ]
@@ -448,8 +377,8 @@ def test_every_option(options, tiny, monkeypatch):
     state, lines = load(folder), rows(folder)
     terms = {"loss", "loss_labelled", "step"}
     terms |= {"loss_gan", "loss_generator"} if options.get("gan_weight", 1) else set()
-    terms |= {"loss_consistency"} if options.get("consistency") != "none" else set()
-    terms |= {"entropy", "pull_away"} & options.keys()
+    consistent = options.get("augment", True) and options.get("consistency_weight", 1)
+    terms |= {"loss_consistency"} if consistent else set()
     assert lines[0].keys() == terms and all(math.isfinite(v) for row in lines for v in row.values())
     assert all(t.isfinite().all() for t in tensors(state) if t.is_floating_point())
     assert len(state["classifier"]["head.1.bias"]) == 10 + options.get("explicit_fake_class", False)
@@ -458,7 +387,7 @@ def test_every_option(options, tiny, monkeypatch):
         trained = [not torch.equal(a, state[name][n]) for a, n in zip(first[name], names, strict=True)]
         assert all(trained) if trains else not any(trained)
     assert "errors" not in lines[0] and 0 <= lines[1]["errors"] <= 60
-    assert ("single_errors" in lines[1]) == (options.get("eval_views") != 0)
+    assert ("single_errors" in lines[1]) == (options.get("augment", True) and options.get("eval_views") != 0)
 
 
 @pytest.mark.parametrize("options", [{"augment": True}, {"num_labels": 240}, {"eval_split": "validation"}])
@@ -470,12 +399,12 @@ def test_baseline_options(options, tiny):
 
 RESUMED = [
     (sgan_mnist, {}),
-    (sgan_mnist, {"consistency": "vat", "explicit_fake_class": True, "pull_away": 0.1, "entropy": 0.1}),
+    (sgan_mnist, {"explicit_fake_class": True, "augment": False, "feature_matching": False}),
     (baseline_cnn, {"augment": True}),
 ]
 
 
-@pytest.mark.parametrize("script, options", RESUMED, ids=["sgan", "sgan-vat", "baseline"])
+@pytest.mark.parametrize("script, options", RESUMED, ids=["sgan", "sgan-2016", "baseline"])
 def test_resume_is_bit_for_bit(script, options, tiny, monkeypatch, capsys):
     """A run stopped in its second step of four and resumed has the losses and weights of one that was not."""
     straight, args = script.main(tiny(script, **options)), tiny(script, **options)
@@ -542,7 +471,7 @@ def test_statistics_of_labelled_and_real_images_alone(tiny, monkeypatch):
         return out
 
     monkeypatch.setattr(sgan_mnist.Classifier, "forward", spy)
-    options = {"consistency": "vat", "num_steps": 1, "num_eval_samples": 0, "eval_every": 1}
+    options = {"num_steps": 1, "num_eval_samples": 0, "eval_every": 1}
     sgan_mnist.main(tiny(sgan_mnist, **options))
     moved = [size for size, held in passes if not held]
     assert moved == [6 + 8]  # label_batch_size + batch_size
@@ -666,15 +595,13 @@ def test_sgan_without_enough_unlabelled_images(options, texts, tiny, tmp_path, c
         (sgan_mnist, {"num_labels": 0}, "--num-labels must be positive, not 0"),
         (sgan_mnist, {"threshold": 1.5}, r"--threshold must be in \[0, 1\], not 1.5"),
         (sgan_mnist, {"gan_weight": -1.0}, "--gan-weight must be finite and at least 0, not -1.0"),
-        (sgan_mnist, {"vat_radius": 0.0}, "--vat-radius must be positive, not 0.0"),
+        (sgan_mnist, {"paste": -0.5}, r"--paste must be in \[0, 1\], not -0.5"),
         (sgan_mnist, {"lr": math.nan}, "--lr must be positive, not nan"),
         (sgan_mnist, {"label_seed": -1}, "--label-seed must be in"),
         (sgan_mnist, {"num_eval_samples": 5}, "--num-eval-samples must be 0 or at least 10, not 5"),
         (sgan_mnist, {"eval_views": -1}, "--eval-views must be finite and at least 0, not -1"),
         (sgan_mnist, {"batch_size": 1}, "--batch-size must be at least 2, not 1"),
         (sgan_mnist, {"beta1": 1.0}, "--beta1 must be in"),
-        (sgan_mnist, {"pull_away": 0.1, "gan_weight": 0.0}, "--pull-away acts on a generator"),
-        (sgan_mnist, {"pull_away": 0.1, "batch_size": 3}, "--batch-size must be at least 4.*--pull-away"),
         (baseline_cnn, {"num_labels": -10}, "--num-labels must be positive, not -10"),
         (baseline_cnn, {"batch_size": 1}, "--batch-size must be at least 2, not 1"),
         (baseline_cnn, {"num_steps": 0}, "--num-steps must be positive, not 0"),
