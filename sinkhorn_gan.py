@@ -992,7 +992,8 @@ def resumed_args(args, saved: dict):
     for name in given.keys() - {*free.split(), "wandb_project_name", "wandb_entity"}:
         if given[name] != saved[name]:
             fail(f"--{name.replace('_', '-')} {given[name]}: the run has {saved[name]}, and must keep it")
-    return type(args)(**{**saved, "track": False, "device": "auto", **given})
+    near = str(Path(args.resume).resolve().parent)  # a run may have been moved
+    return type(args)(**{**saved, "track": False, "device": "auto", "run_dir": near, **given})
 
 
 def pick_device(name: str) -> torch.device:
@@ -1132,8 +1133,14 @@ class Run:
         }
         state["rng_cuda"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state |= {"seconds": self.seconds + time.time() - self.start, "wandb_id": self.wandb_id}
+        state["paused"] = self.checkpoint.get("paused", 0.0) + self.paused
         write_file(self.folder / "checkpoint.pt", state)
         self.last_saved = self.step
+
+    def train_seconds(self) -> float:
+        """Seconds of training up to now, before a resume too; evaluations do not count."""
+        before = self.seconds - self.checkpoint.get("paused", 0.0)
+        return before + time.time() - self.start - self.paused
 
     def due(self, every: int) -> bool:
         """Whether what is done every so many steps, and after the last one, is to be done now."""

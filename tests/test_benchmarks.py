@@ -1,6 +1,7 @@
-"""benchmarks/losses.py: its forms compute the same thing, and bad options are refused."""
+"""benchmarks/losses.py: its forms compute the same; accuracy.py: its figure; both refuse bad options."""
 
 import importlib.util
+import json
 import sys
 
 import pytest
@@ -59,3 +60,38 @@ def test_a_row_of_each_form(monkeypatch):
 def test_bad_options(options, run_cli):
     result = run_cli(*options, script="benchmarks/losses.py")
     assert result.returncode == 2 and "Traceback" not in result.stderr and options[0] in result.stderr
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """Makes run folders, with a line of training and a line for each of the evaluations."""
+
+    def make(name, experiment, evaluations):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "args.json").write_text(json.dumps({"exp_name": experiment}))
+        lines = [{"step": 1, "loss": 2.0}]
+        lines += [{"step": 2, "loss": 1.0, "accuracy": a, "train_seconds": s} for s, a in evaluations]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return folder
+
+    return make
+
+
+def test_figure_of_errors_against_seconds(run_folder, run_cli, tmp_path):
+    runs = [run_folder(f"a{i}", "sgan", [(10.0 + i, 0.9), (20.0, 0.98)]) for i in range(2)]
+    runs.append(run_folder("b", "baseline", [(5.0, 0.8)]))
+    result = run_cli(*runs, "--out", tmp_path / "out.png", script="benchmarks/accuracy.py")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "case, text",
+    [("empty", "name at least one run"), ("other", "is not a run folder"), ("young", "no evaluation")],
+)
+def test_runs_without_a_figure(case, text, run_folder, run_cli, tmp_path):
+    runs = {"empty": [], "other": [tmp_path], "young": [run_folder("young", "sgan", [])]}[case]
+    result = run_cli(*runs, "--out", tmp_path / "out.png", script="benchmarks/accuracy.py")
+    assert result.returncode == 2 and text in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out.png").exists()

@@ -316,14 +316,26 @@ def test_signals_save_and_stop(number, tmp_path, start_cli):
 
 
 def test_more_steps_for_a_finished_run(finished, tiny, tmp_path):
-    """--num-steps may change; everything else stays what it was, eval_every too."""
+    """--num-steps may change; all else stays, but for where the run now is."""
     folder = shutil.copytree(finished, tmp_path / "run")
     before = json.loads((folder / "args.json").read_text())
     main(Args(resume=str(folder), num_steps=6))
     after = json.loads((folder / "args.json").read_text())
     changed = {k for k in before if before[k] != after[k]}
-    assert changed - {"track", "device"} == {"num_steps", "resume"}
+    assert changed - {"track", "device"} == {"num_steps", "resume", "run_dir"}
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_of_a_run_that_was_moved(tiny, tmp_path, monkeypatch):
+    """From any folder, with the folder of the runs gone: the judge is kept beside the run."""
+    folder = main(tiny(dataset="digits", run_dir=str(tmp_path / "gone"), num_steps=2, eval_every=2))
+    moved = folder.rename(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "gone")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mmd_gan, "train_judge", lambda images, labels: mmd_gan.Judge().eval())
+    main(Args(resume="moved", num_steps=3))
+    assert metrics(moved)[-1]["step"] == 3 and not (tmp_path / "gone").exists()
+    assert [path.name.split("__")[0] for path in tmp_path.glob("*.pt")] == ["judge"]
 
 
 def test_an_option_typed_with_its_default_counts_as_given(monkeypatch, capsys):

@@ -1,0 +1,1012 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6",
+#     "torchvision>=0.21",
+#     "tyro>=1.0",
+#     "wandb>=0.30",
+#     "numpy>=1.26",
+#     "tqdm>=4.66",
+#     "matplotlib>=3.8",
+#     "scikit-learn>=1.4",
+# ]
+# ///
+"""Semi-supervised GAN: a classifier that learns from 100 labels, and from telling real images from fakes.
+
+The discriminator is the classifier. Of its K + 1 logits the last stands for "generated" and is fixed to 0, so
+that the K others give the class, p(y | x) = softmax(l), and the probability that an image is real, which is
+D = Z / (Z + 1) with Z = sum_k exp(l_k). Labelled images teach the classes, unlabelled and fake ones teach D,
+and the generator matches the mean features of real images. Read it beside
+    Salimans et al. 2016     Improved Techniques for Training GANs: K + 1 classes      1606.03498
+    Tarvainen, Valpola 2017  the averaged classifier as a teacher                      1703.01780
+    Sohn et al. 2020         FixMatch: confident classes of an image teach its augmentation   2001.07685
+
+    python sgan_mnist.py                                       # MNIST, 100 labels
+    python sgan_mnist.py --num-labels 20 --label-seed 3        # another draw of fewer labels
+    python sgan_mnist.py --dataset digits                      # no download
+    python sgan_mnist.py --no-augment                          # feature matching alone, as in 2016
+    python sgan_mnist.py --resume runs/<run>                   # goes on as if never stopped
+    python sgan_mnist.py --generate 10000 --checkpoint runs/<run>/checkpoint.pt --out samples/
+
+The default makes 55 errors in the 10,000 test images of MNIST, the mean over five draws of 100 labels, after
+20 minutes on one CPU core. Beyond the paper of 2016, images are augmented and averaged over augmented views,
+and the averaged classifier teaches. All of that was chosen on --eval-split validation, with the labels of
+10,000 images that are not test images; the last step counts, there is no early stopping.
+
+Feature matching makes good classifiers and bad pictures: they are saved all the same.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+import tyro
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+SCRIPT = "sgan_mnist"
+STEPS = {"digits": 1500}  # other data sets: 6,000
+
+
+@dataclasses.dataclass
+class Args:
+    exp_name: str = SCRIPT
+    """first part of the run folder's name"""
+    seed: int = 1
+    """seed of every random number of the run"""
+    torch_deterministic: bool = True
+    """ask torch for deterministic algorithms where it has them"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """where to train; auto takes CUDA, then MPS, then the CPU"""
+    track: bool = False
+    """log to Weights & Biases as well"""
+    wandb_project_name: str = "minimal-gans"
+    """W&B project"""
+    wandb_entity: str | None = None
+    """W&B team or user; by default your own"""
+
+    dataset: Literal["mnist", "fashion-mnist", "kmnist", "digits"] = "mnist"
+    """images; digits needs no download"""
+    data_dir: str = "data"
+    """folder of the image files in torchvision's layout; missing files are downloaded to it"""
+    eval_split: Literal["test", "validation"] = "test"
+    """what is classified; validation takes the last sixth of the training images out for it"""
+    num_labels: int = 100
+    """labels to learn from, equally many of each class; all other training images are unlabelled"""
+    label_seed: int | None = None
+    """seed of the draw of the labelled images (default: --seed)"""
+
+    num_steps: int | None = None
+    """updates of classifier and generator (default: 6,000; 1,500 for digits)"""
+    batch_size: int = 128
+    """unlabelled images in a batch; half as many are generated"""
+    label_batch_size: int = 100
+    """labelled images in a batch"""
+    latent_dim: int = 32
+    """size of the generator's Gaussian input"""
+    channels: int = 16
+    """channels of the networks' 14 x 14 feature maps"""
+    lr: float = 3e-3
+    """Adam's learning rate for the classifier"""
+    lr_generator: float = 2e-3
+    """Adam's learning rate for the generator"""
+    beta1: float = 0.5
+    """Adam's decay of the first moment"""
+    lr_decay: float = 0.7
+    """last share of the run, over which the learning rates fall to zero"""
+    ema_decay: float = 0.999
+    """decay per step of the averaged networks, which classify and draw; 0 takes the networks themselves"""
+
+    gan_weight: float = 0.3
+    """weight of the real and generated terms; 0 trains no generator, and measures none"""
+    feature_matching: bool = True
+    """the generator matches mean features; or else it minimises -log D"""
+    explicit_fake_class: bool = False
+    """learn the logit of generated images instead of fixing it to 0"""
+    augment: bool = True
+    """turn, shear, scale and shift all images at random; without it the next four options mean nothing"""
+    consistency_weight: float = 1.0
+    """weight of pseudo-labels: augmented, an unlabelled image keeps its class by the averaged classifier"""
+    threshold: float = 0.8
+    """pseudo-labels count where the averaged classifier is at least as sure of them"""
+    paste: float = 0.5
+    """share of augmented images with a patch of another one: so many at first, none after half of the run"""
+    eval_views: int = 8
+    """augmented views of an image that count in its class beside the image itself"""
+
+    num_eval_samples: int = 10_000
+    """samples drawn for an evaluation of the generator; 0 switches it off"""
+    eval_every: int | None = None
+    """steps between evaluations, pictures and checkpoints (default: a tenth of the run)"""
+    log_every: int = 100
+    """steps between lines of metrics.jsonl"""
+    run_dir: str = "runs"
+    """folder in which run folders are made"""
+    resume: str | None = None
+    """run folder to go on with"""
+    generate: int = 0
+    """draw this many samples from --checkpoint into the new folder --out, instead of training"""
+    checkpoint: str | None = None
+    """a run's checkpoint.pt, for --generate"""
+    out: str | None = None
+    """folder for --generate"""
+
+    def __post_init__(self) -> None:
+        if not self.resume:  # else what was not given is taken from the run
+            self.num_steps = STEPS.get(self.dataset, 6000) if self.num_steps is None else self.num_steps
+            self.eval_every = math.ceil(self.num_steps / 10) if self.eval_every is None else self.eval_every
+            self.label_seed = self.seed if self.label_seed is None else self.label_seed
+        self.num_eval_samples = self.num_eval_samples if self.gan_weight else 0
+        above_zero = "num_labels num_steps batch_size label_batch_size latent_dim channels"
+        limits = dict.fromkeys((*above_zero.split(), "eval_every", "log_every"), (1, math.inf))
+        limits |= dict.fromkeys(("seed", "label_seed"), (0, 2**32 - 1))
+        limits |= dict.fromkeys(("lr", "lr_generator"), (1e-12, 1e38))
+        limits |= dict.fromkeys(("ema_decay", "lr_decay", "threshold", "paste"), (0, 1))
+        limits |= {"beta1": (0, 0.999999)}
+        not_negative = "gan_weight consistency_weight eval_views generate num_eval_samples"
+        limits |= dict.fromkeys(not_negative.split(), (0, 1e38))
+        for name, (low, high) in limits.items():
+            value, option = getattr(self, name), "--" + name.replace("_", "-")
+            if value is not None and not low <= value <= high:
+                bounded = f"in [{low}, {high}]" if high < 1e38 else "finite and at least 0"
+                wanted = "positive" if low > 0 else bounded
+                raise ValueError(f"{option} must be {wanted}, not {value}")
+        if 0 < self.num_eval_samples < 10:
+            raise ValueError(f"--num-eval-samples must be 0 or at least 10, not {self.num_eval_samples}")
+        if self.batch_size < 2:
+            raise ValueError(f"--batch-size must be at least 2, not {self.batch_size}")
+
+
+def fail(message: str) -> NoReturn:
+    """Say in one line what is wrong and what to do about it, and leave with exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_images(dataset: str, data_dir: str, eval_split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training and evaluation images (n, 28, 28) uint8 and labels (n,) int64: x, y, x_eval, y_eval.
+
+    `digits` is scikit-learn's 1,797 digits of 8 x 8, enlarged; the others are read in torchvision's layout,
+    and downloaded if they are not there. With eval_split "validation" the last sixth of the training images
+    is the evaluation part, and the test images are not touched.
+    """
+    if dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
+        images = F.interpolate(images, size=28, mode="bilinear").squeeze(1).round().to(torch.uint8)
+        # The file is in the order of its writers; mix them, always in the same way.
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
+        images, labels = images[order], torch.from_numpy(labels).long()[order]
+        parts = [images[:1437], labels[:1437], images[1437:], labels[1437:]]
+    else:
+        name = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}[dataset]
+        raw = Path(data_dir) / name / "raw"
+        files = [f"{a}-{b}-ubyte" for a in ("train", "t10k") for b in ("images-idx3", "labels-idx1")]
+        present = all((raw / file).is_file() for file in files)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                make = getattr(torchvision.datasets, name)
+                sets = [make(data_dir, train=train, download=not present) for train in (True, False)]
+            parts = [v for s in sets for v in (s.data, s.targets.long())]
+            for images, labels in (parts[:2], parts[2:]):
+                if images.shape != (len(labels), 28, 28) or not len(labels) or labels.max() > 9:
+                    raise ValueError(f"images {tuple(images.shape)}, labels {tuple(labels.shape)}")
+        except Exception as error:
+            if present:
+                fail(f"{raw} holds damaged files ({error!r:.200}); delete them to download {dataset} again")
+            fail(
+                f"{dataset} is not in {raw} and cannot be downloaded ({error!s:.200}); put its IDX files "
+                "there, name their place with --data-dir, or take --dataset digits, which needs no download"
+            )
+    x, y, x_eval, y_eval = parts
+    if eval_split == "validation":
+        n = len(x) * 5 // 6
+        x, y, x_eval, y_eval = x[:n], y[:n], x[n:], y[n:]
+    return x, y, x_eval, y_eval
+
+
+def split_labels(labels: Tensor, num_labels: int, label_seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of num_labels labelled images, equally many of each class, and of all the other images.
+
+    The draw depends on labels (n,) and label_seed alone, and a smaller one is part of every larger one.
+    With num_labels = n, which no balance would allow, all images are labelled.
+    """
+    classes = int(labels.max()) + 1
+    smallest, n = int(labels.bincount().min()), len(labels)
+    rng = torch.Generator().manual_seed(label_seed)
+    order = torch.randperm(n, generator=rng)
+    if num_labels == n:
+        return order, order[:0]
+    if num_labels > n:
+        fail(f"--num-labels {num_labels} exceeds the {n} training images")
+    if num_labels % classes:
+        fail(f"--num-labels must be a multiple of the {classes} classes, not {num_labels}")
+    if num_labels > classes * smallest:
+        most = f"the smallest class has {smallest} images; give at most {classes * smallest}"
+        fail(f"--num-labels {num_labels} cannot be balanced: {most}")
+    by_class = [order[labels[order] == k] for k in range(classes)]
+    size = num_labels // classes
+    return torch.cat([c[:size] for c in by_class]), torch.cat([c[size:] for c in by_class])
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images (n, 28, 28) as floats (n, 1, 28, 28) in [-1, 1]."""
+    return images.unsqueeze(1).float() / 127.5 - 1
+
+
+def draw_batch(data: Tensor, batch_size: int) -> Tensor:
+    """A batch drawn with replacement: images (b, 1, 28, 28) in [-1, 1], or points (b, 2)."""
+    batch = data[torch.randint(len(data), (batch_size,), device=data.device)]
+    return to_float(batch) if batch.dtype == torch.uint8 else batch
+
+
+def augment(images: Tensor) -> Tensor:
+    """Images (n, 1, 28, 28) in [-1, 1], each turned, sheared, scaled and shifted at random, its border black.
+
+    Differentiable in the images, so that generated ones can go the same way as real ones. On CUDA gradients
+    are sums in no fixed order: there a run repeats itself, or resumes, up to rounding.
+    """
+    n, dtype, device = len(images), images.dtype, images.device
+    # Up to 7.5 degrees, a shear of 0.1, a scale in [0.93, 1.07] and a shift of 1.5 of the 28 pixels.
+    ranges = torch.tensor((math.pi / 24, 0.1, 0.07, 0.07, 1.5 / 14, 1.5 / 14), dtype=dtype, device=device)
+    angle, shear, wide, high, right, down = ((2 * torch.rand(n, 6, device=device) - 1) * ranges).unbind(1)
+    wide, high, cos, sin = wide.exp(), high.exp(), angle.cos(), angle.sin()
+    rows = (wide * cos, wide * (shear * cos - sin), right), (high * sin, high * (shear * sin + cos), down)
+    theta = torch.stack([torch.stack(row, 1) for row in rows], 1)  # (n, 2, 3), output to input places
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1
+
+
+def paste_patches(images: Tensor, share: float) -> Tensor:
+    """Images (n, 1, h, w) of which that share, at random, shows a patch of another one, the lighter of both.
+
+    The patch is a rectangle of 4 to 8 pixels a side and stays where it was. A stroke too many then does not
+    change a class: else a bar through a 7 that no labelled image has may make it a 3, with all its likes.
+    """
+    n, _, height, width = images.shape
+
+    def inside(size: int) -> Tensor:
+        side = 4 + 4 * torch.rand(n, 1, device=images.device)
+        start = torch.rand(n, 1, device=images.device) * (size - side)
+        place = torch.arange(size, device=images.device)
+        return (place >= start) & (place < start + side)
+
+    patch = inside(height)[:, None, :, None] & inside(width)[:, None, None, :]
+    patch &= torch.rand(n, 1, 1, 1, device=images.device) < share
+    others = images[torch.randperm(n, device=images.device)]
+    return torch.where(patch, torch.maximum(images, others), images)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Networks
+
+
+def make_generator(latent_dim: int, channels: int, toy: bool) -> nn.Sequential:
+    """Latent (b, latent_dim) to image (b, 1, 28, 28) in [-1, 1], or to point (b, 2)."""
+    if toy:
+        return nn.Sequential(
+            *(nn.Linear(latent_dim, 128), nn.ReLU()),
+            *(nn.Linear(128, 128), nn.ReLU()),
+            *(nn.Linear(128, 128), nn.ReLU()),
+            nn.Linear(128, 2),
+        )
+    c, half = channels, max(1, channels // 2)
+    return nn.Sequential(
+        *(nn.Linear(latent_dim, 2 * c * 49, bias=False), nn.Unflatten(1, (2 * c, 7, 7))),
+        *(nn.BatchNorm2d(2 * c), nn.ReLU()),
+        *(nn.Conv2d(2 * c, 2 * c, 3, 1, 1, bias=False), nn.BatchNorm2d(2 * c), nn.ReLU()),
+        *(nn.ConvTranspose2d(2 * c, c, 4, 2, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()),
+        *(nn.ConvTranspose2d(c, half, 4, 2, 1, bias=False), nn.BatchNorm2d(half), nn.ReLU()),
+        *(nn.Conv2d(half, 1, 3, 1, 1), nn.Tanh()),
+    ).to(memory_format=torch.channels_last)  # half the time of a step on a CPU
+
+
+class Affine(nn.Module):
+    """factor * x + shift, with two constants."""
+
+    def __init__(self, factor: float, shift: float = 0.0):
+        super().__init__()
+        self.factor, self.shift = factor, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x + self.shift
+
+
+class Classifier(nn.Module):
+    """A small convolutional network: images (b, 1, 28, 28) to features (b, 4 c) and logits (b, outputs)."""
+
+    def __init__(self, channels: int, outputs: int = 10, dropout: float = 0.5):
+        super().__init__()
+
+        def layer(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> tuple:
+            conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+            return conv, nn.BatchNorm2d(outputs), nn.LeakyReLU(0.1)
+
+        c = channels
+        body = nn.Sequential(
+            Affine(1.0, 1.0),  # black becomes the 0 with which convolutions pad
+            *layer(1, c, 5, 2, 2),  # (b, c, 14, 14)
+            *layer(c, 2 * c, 3, 1, 1),
+            *(nn.MaxPool2d(2), nn.Dropout(dropout)),  # (b, 2 c, 7, 7)
+            *layer(2 * c, 4 * c, 3, 1, 1),
+            *layer(4 * c, 4 * c, 3),
+            *layer(4 * c, 4 * c, 3),  # (b, 4 c, 3, 3)
+            *(nn.Flatten(), nn.Linear(36 * c, 4 * c, bias=False), nn.BatchNorm1d(4 * c), nn.LeakyReLU(0.1)),
+        )
+        self.body = body.to(memory_format=torch.channels_last)  # half the time of a step on a CPU
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(4 * c, outputs))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (b, 4 c) and logits (b, outputs) of images (b, 1, 28, 28) in [-1, 1]."""
+        features = self.body(images)
+        return features, self.head(features)
+
+
+def hold_statistics(model: nn.Module, hold: bool) -> None:
+    """Whether batch normalisation leaves its running averages as they are when a batch goes through."""
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.momentum = 0.0 if hold else 0.1
+
+
+def average(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of a model and its buffers, with a shorter memory in the first steps."""
+
+    def update(averages: list, values: list, count: Tensor) -> None:
+        if averages[0].is_floating_point():  # a list holds one dtype; batch normalisation's counters stay
+            torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Loss
+#
+# Logits (n, K) are those of the classes, the logit of "generated" being 0; Z = sum_k exp(l_k).
+
+
+def fold_fake_class(logits: Tensor) -> Tensor:
+    """Logits (n, K + 1), the last one that of generated images, as logits (n, K) beside a last one of 0.
+
+    Softmax does not see a number that is taken from all its logits (Salimans et al. 2016, section 5).
+    """
+    return logits[:, :-1] - logits[:, -1:]
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """-E log D(x) - E log(1 - D(G(z))) of logits (n, K) and (m, K) (Salimans et al. 2016, section 5).
+
+    With D = Z / (Z + 1): -log D = log(1 + 1 / Z) = softplus(-log Z), -log(1 - D) = softplus(log Z).
+    """
+    return F.softplus(-real.logsumexp(1)).mean() + F.softplus(fake.logsumexp(1)).mean()
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """-E log D(G(z)) of logits (m, K), the generator's plain loss (Goodfellow et al. 2014, section 3)."""
+    return F.softplus(-fake.logsumexp(1)).mean()
+
+
+def feature_matching_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """|E f(x) - E f(G(z))|^2 of features (n, d) and (m, d) (Salimans et al. 2016, section 3.1)."""
+    return (real.mean(0) - fake.mean(0)).square().sum()
+
+
+def pseudo_label_loss(logits: Tensor, teacher: Tensor, threshold: float) -> Tensor:
+    """Cross-entropy of logits (n, K) with the teacher's classes, 0 where the teacher is not sure of them.
+
+    Sohn et al. 2020, equation 4; the mean is over all n. No gradient goes to the teacher's logits (n, K).
+    """
+    sure, classes = teacher.detach().softmax(1).max(1)
+    return ((sure >= threshold) * F.cross_entropy(logits, classes, reduction="none")).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+class Judge(nn.Module):
+    """The classifier in whose 128 features images are compared."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(1, 32, 5, 2, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.Conv2d(32, 64, 5, 2, 2, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(64 * 49, 128), nn.ReLU()),
+        )
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (b, 128) and class logits (b, 10) of images (b, 1, 28, 28) in [-1, 1]."""
+        features = self.body(images)
+        return features, self.head(features)
+
+
+def train_judge(images: Tensor, labels: Tensor, epochs: int = 4, batch_size: int = 128) -> Judge:
+    """A judge trained on images (n, 28, 28) uint8 and labels (n,), from seed 0; leaves torch's alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        judge = Judge().to(images.device)
+        optimizer = torch.optim.Adam(judge.parameters())
+        steps = epochs * math.ceil(len(images) / batch_size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+        for _ in range(epochs):
+            for index in torch.randperm(len(images), device=images.device).split(batch_size):
+                loss = F.cross_entropy(judge(to_float(images[index]))[1], labels[index], label_smoothing=0.05)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return judge.eval().requires_grad_(False)
+
+
+def load_judge(args, images: Tensor, labels: Tensor) -> tuple[Judge, str]:
+    """The judge of these training images, from --run-dir if it is there, and the hash of its weights."""
+    data = hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()[:12]
+    path = Path(args.run_dir) / f"judge__{args.dataset}__{data}.pt"
+    judge = Judge().to(images.device).eval().requires_grad_(False)
+    try:
+        judge.load_state_dict(torch.load(path, map_location=images.device, weights_only=True))
+    except Exception:  # not there yet, or damaged
+        print(f"training the judge of the images, once; it is kept in {path}", flush=True)
+        judge = train_judge(images, labels)
+        write_file(path, judge.state_dict())
+    weights = b"".join(v.cpu().numpy().tobytes() for v in judge.state_dict().values())
+    return judge, hashlib.sha256(weights).hexdigest()[:12]
+
+
+def judge_images(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and logits of images, uint8 (n, 28, 28) or float (n, 1, 28, 28), in blocks of 1,000."""
+    blocks = [judge(to_float(b) if b.dtype == torch.uint8 else b) for b in images.split(1000)]
+    return torch.cat([f for f, _ in blocks]), torch.cat([z for _, z in blocks])
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Frechet distance of Gaussians fitted to features x (n, d) and y (m, d) (Heusel et al. 2017, eq. 6)."""
+    x, y = x.cpu().double(), y.cpu().double()  # MPS has no float64
+    if not (x.isfinite().all() and y.isfinite().all()):
+        return math.nan  # some LAPACKs crash on it
+    cov_x, cov_y = x.T.cov(), y.T.cov()
+    root = torch.linalg.eigvals(cov_x @ cov_y).real.clamp(min=0).sqrt().sum()  # trace of (cov_x cov_y)^(1/2)
+    return ((x.mean(0) - y.mean(0)).square().sum() + cov_x.trace() + cov_y.trace() - 2 * root).item()
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """Precision and recall of features fake (m, d) for real (n, d) (Kynkaanniemi et al. 2019, eq. 1-3): the
+    share of each set in reach of the other, where a point reaches as far as its k-th neighbour in its set."""
+
+    def share_within(points: Tensor, others: Tensor) -> float:
+        reach = torch.cat([torch.cdist(b, others).kthvalue(k + 1).values for b in others.split(1000)])
+        within = [(torch.cdist(b, others) <= reach).any(1) for b in points.split(1000)]
+        return torch.cat(within).float().mean().item()
+
+    return share_within(fake, real), share_within(real, fake)
+
+
+def image_metrics(judge: Judge, fake: Tensor, real: Tensor, labels: Tensor) -> dict:
+    """Metrics of images fake (m, ...) against real (n, 28, 28) and the classes labels (l,), by the judge."""
+    f_fake, logits = judge_images(judge, fake)
+    f_real, _ = judge_images(judge, real)
+    precision, recall = precision_recall(f_real, f_fake)
+    shares, target = (c.cpu().bincount(minlength=10) / len(c) for c in (logits.argmax(1), labels))
+    kl = torch.xlogy(shares, shares / target).sum().item()
+    metrics = {"fid": frechet_distance(f_real, f_fake), "precision": precision, "recall": recall}
+    return metrics | {"class_kl": kl, "class_shares": [round(s, 4) for s in shares.tolist()]}
+
+
+class ImageEvaluation:
+    """Measures generated images by the judge against images that are held out.
+
+    `data` are the training images, `held` their labels and the images (n, 28, 28) and labels of the other
+    part; `facts` says of results.json which judge it was, and its metrics for training images: the floor.
+    """
+
+    def __init__(self, args, data: Tensor, held: list[Tensor]):
+        self.count, self.facts = min(args.num_eval_samples, len(held[1])), {}
+        if self.count:
+            labels, x, self.labels = held
+            self.judge, judge_hash = load_judge(args, data, labels)
+            self.images = x[: self.count]
+            accuracy = classify(self.judge, x, self.labels)[0]["accuracy"]
+            self.facts = {"judge": judge_hash, "judge_accuracy": accuracy, "num_eval": self.count}
+            floor = self(data[: self.count])
+            self.facts |= {f"floor_{name}": v for name, v in floor.items()}
+            print(f"floor of fid, training against {args.eval_split} images: {floor['fid']:.3f}", flush=True)
+
+    def __call__(self, samples: Tensor) -> dict:
+        """Metrics of images (n, ...), of which the first num_eval_samples count."""
+        fake = samples[: self.count]
+        return image_metrics(self.judge, fake, self.images, self.labels) if self.count else {}
+
+
+@torch.no_grad()
+def classify(classifier: nn.Module, images: Tensor, labels: Tensor, views: int = 0) -> tuple[dict, Tensor]:
+    """Accuracy and errors on images (n, 28, 28) uint8, and the classes found (n,) among the first 10.
+
+    Besides each image counts the mean probability over that many augmented views of it, from seed 0; if there
+    are any, single_errors are those from the images as they are.
+    """
+
+    def probability(distort: Callable[[Tensor], Tensor]) -> Tensor:
+        blocks = [classifier(distort(to_float(b)))[1][:, :10].softmax(1) for b in images.split(1000)]
+        return torch.cat(blocks)
+
+    classifier.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        single = probability(nn.Identity())
+        found = sum([probability(augment) for _ in range(views)], single).argmax(1)
+    errors = int((found != labels).sum())
+    metrics = {"accuracy": 1 - errors / len(labels), "errors": errors}
+    if views:
+        metrics["single_errors"] = int((single.argmax(1) != labels).sum())
+    return metrics, found
+
+
+@torch.no_grad()
+def draw_samples(generator: nn.Module, latent_dim: int, count: int, seed: int, device) -> Tensor:
+    """Samples (count, ...) of a generator in evaluation mode; the latents have a seed of their own."""
+    rng = torch.Generator().manual_seed(seed)
+    latents = torch.randn(count, latent_dim, generator=rng).to(device)
+    return torch.cat([generator.eval()(z) for z in latents.split(1000)])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Run folder and tracking
+
+
+def write_file(path: Path, content: str | bytes | dict) -> None:
+    """Write text, bytes or, by torch.save, a state beside the file and rename: nobody sees half a file."""
+    if isinstance(content, dict):
+        torch.save(content, buffer := io.BytesIO())
+        content = buffer.getvalue()
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(beside, path)
+
+
+def load_checkpoint(path: Path, script: str) -> dict:
+    """A checkpoint of this script, on the CPU. Code in it is not run; what is wrong is said in one line."""
+    if not path.is_file():
+        fail(f"there is no checkpoint {path}; a run folder that was saved holds a checkpoint.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        fail(f"checkpoint {path} is damaged, or holds code, which is never run ({error!r:.80})")
+    if not isinstance(state, dict) or state.get("script") != script:
+        other = state.get("script") if isinstance(state, dict) else None
+        fail(f"checkpoint {path} comes from {other or 'another program'}, not from {script}")
+    if missing := {"args", "step", "seconds", "rng", "averaged"} - state.keys():
+        fail(f"checkpoint {path} is damaged: it has no {', '.join(sorted(missing))}")
+    return state
+
+
+def resumed_args(args, saved: dict):
+    """The saved arguments, updated by the options that were given and that a resumed run may change."""
+    free = "num_steps eval_every log_every num_eval_samples device track data_dir run_dir resume"
+    default = {field.name: field.default for field in dataclasses.fields(args)}
+    typed = {a.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for a in sys.argv[1:]}
+    given = {k: v for k, v in vars(args).items() if v != default[k] or k in typed}
+    for name in given.keys() - {*free.split(), "wandb_project_name", "wandb_entity"}:
+        if given[name] != saved[name]:
+            fail(f"--{name.replace('_', '-')} {given[name]}: the run has {saved[name]}, and must keep it")
+    near = str(Path(args.resume).resolve().parent)  # a run may have been moved
+    return type(args)(**{**saved, "track": False, "device": "auto", "run_dir": near, **given})
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; auto is the best there is."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(d for d in there if there[d]) if name == "auto" else name
+    if not there[name]:
+        fail(f"--device {name}: torch {torch.__version__} finds no such device; use --device cpu or auto")
+    return torch.device(name)
+
+
+def check_wandb() -> None:
+    """Leave with one line unless W&B is installed and either logged in to or offline."""
+    try:
+        import wandb
+    except ImportError:
+        fail("--track needs wandb: pip install wandb")
+    online = os.environ.get("WANDB_MODE", wandb.setup().settings.mode) == "online"
+    if online and not wandb.login(prompt=False, verify=False):
+        fail("--track: you are not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
+
+
+def start_wandb(args, name: str, run_id: str | None):
+    """A W&B run, going on with run_id if given; an offline one if W&B is out of reach."""
+    import wandb
+
+    options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": run_id}
+    options |= {"resume": "allow", "config": vars(args), "dir": args.run_dir}
+    try:
+        return wandb.init(**options)
+    except Exception as error:
+        offline = "logging offline, `wandb sync` sends it later"
+        print(f"W&B is out of reach ({error!s:.200}); {offline}", file=sys.stderr)
+        return wandb.init(**options, mode="offline")
+
+
+def plot_curves(folder: Path) -> None:
+    """curves.png: every scalar of metrics.jsonl against the step; none of a run stopped before its first."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if not rows:
+        return
+    names = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list))
+    names.pop("step")
+    figure = Figure(figsize=(14, 2.6 * math.ceil(len(names) / 4)), layout="constrained")
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(math.ceil(len(names) / 4), 4, place + 1, title=name, xlabel="step")
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points), marker="o" if len(points) < 20 else None, markersize=3)
+        axes.grid(alpha=0.3)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=70)
+    write_file(folder / "curves.png", buffer.getvalue())
+
+
+def plot_confusion(path: Path, labels: Tensor, found: Tensor) -> None:
+    """A PNG of the confusion matrix of classes labels (n,) and found (n,): counts, errors coloured."""
+    from matplotlib.figure import Figure
+
+    counts = (10 * labels + found).cpu().bincount(minlength=100).view(10, 10)
+    errors = counts - counts.diag().diag()
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.add_subplot(xlabel="found", ylabel="true", xticks=range(10), yticks=range(10))
+    axes.set_title(f"{int(errors.sum())} errors in {len(labels)}")
+    axes.imshow(errors.numpy(), cmap="Oranges")
+    for row, column in np.ndindex(10, 10):
+        color = "white" if 2 * errors[row, column] > errors.max() else "black"
+        axes.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=8, color=color)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=90)
+    write_file(path, buffer.getvalue())
+
+
+def save_picture(path: Path, samples: Tensor, data: Tensor) -> None:
+    """A PNG of 100 images (n, 1, 28, 28) in a square, or of points (n, 2) over points of the data (m, 2)."""
+    buffer = io.BytesIO()
+    if samples.dim() == 4:
+        torchvision.utils.save_image((samples[:100] + 1) / 2, buffer, format="png", nrow=10)
+    else:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5, 5), layout="constrained")
+        axes = figure.add_subplot(aspect="equal")
+        for points, name in ((data, "data"), (samples, "samples")):
+            axes.scatter(*points[:2500].cpu().T, s=3, alpha=0.4, label=name)
+        axes.legend(loc="upper right")
+        figure.savefig(buffer, format="png", dpi=70)
+    write_file(path, buffer.getvalue())
+
+
+def run_facts(device: torch.device) -> dict:
+    """What results.json says of the machine: peak memory (of the process, on a CPU), device, versions."""
+    if device.type == "cuda":
+        peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type}, {torch.get_num_threads()} threads"
+        try:
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kB, on macOS in bytes
+            peak *= 1 if sys.platform == "darwin" else 1024
+        except ImportError:  # Windows
+            peak = math.nan
+    versions = {module.__name__: module.__version__ for module in (torch, torchvision)}
+    versions["python"] = sys.version.split()[0]
+    return {"peak_memory_mb": round(peak / 1e6), "device": name, "versions": versions}
+
+
+class Run:
+    """A run: its folder, its steps, its checkpoints, and its twin at W&B."""
+
+    def __init__(self, args, script: str, checkpoint: dict | None, device: torch.device):
+        self.args, self.script, self.checkpoint, self.device = args, script, checkpoint or {}, device
+        self.step, self.seconds = self.checkpoint.get("step", 0), self.checkpoint.get("seconds", 0.0)
+        self.first_step = self.last_saved = self.step
+        if self.step >= args.num_steps:
+            fail(f"{args.resume} has done its {self.step} steps; give more of them with --num-steps")
+        if args.track:
+            check_wandb()
+        name = f"{args.exp_name}__{args.dataset}__{args.seed}__{int(time.time())}"
+        self.folder = Path(args.resume or Path(args.run_dir) / name)
+        self.metrics_file = self.folder / "metrics.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+            lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
+            # What an interrupted run wrote after its last checkpoint will be written again.
+            lines = [f"{line}\n" for line in lines if json.loads(line)["step"] <= self.step]
+            write_file(self.metrics_file, "".join(lines))
+            write_file(self.folder / "args.json", json.dumps(vars(args), indent=2))
+        except OSError as error:
+            fail(f"cannot write the run folder {self.folder} ({error.strerror}); name another with --run-dir")
+        wandb_id = self.checkpoint.get("wandb_id")
+        self.wandb_run = start_wandb(args, self.folder.name, wandb_id) if args.track else None
+        self.wandb_id = self.wandb_run.id if self.wandb_run else wandb_id
+        self.parts, self.stopped, self.scalars, self.metrics = {}, [], {}, {}
+
+    def hold(self, **parts) -> None:
+        """Networks and optimizers that a checkpoint holds; a resumed run's take their state from it."""
+        self.parts = parts
+        if self.checkpoint:
+            for name, part in parts.items():
+                part.load_state_dict(self.checkpoint[name])
+            torch.set_rng_state(self.checkpoint["rng"])
+            if self.device.type == "cuda" and self.checkpoint["rng_cuda"] is not None:
+                torch.cuda.set_rng_state(self.checkpoint["rng_cuda"], self.device)
+
+    def save(self) -> None:
+        """Write checkpoint.pt."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {
+            "script": self.script,
+            "args": vars(self.args),
+            "step": self.step,
+            "rng": torch.get_rng_state(),
+        }
+        state["rng_cuda"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        state |= {"seconds": self.seconds + time.time() - self.start, "wandb_id": self.wandb_id}
+        state["paused"] = self.checkpoint.get("paused", 0.0) + self.paused
+        write_file(self.folder / "checkpoint.pt", state)
+        self.last_saved = self.step
+
+    def train_seconds(self) -> float:
+        """Seconds of training up to now, before a resume too; evaluations do not count."""
+        before = self.seconds - self.checkpoint.get("paused", 0.0)
+        return before + time.time() - self.start - self.paused
+
+    def due(self, every: int) -> bool:
+        """Whether what is done every so many steps, and after the last one, is to be done now."""
+        return self.step % every == 0 or self.step == self.args.num_steps
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps to do. After Ctrl-C or SIGTERM the step at hand is the last, and saved."""
+        signals = signal.SIGINT, signal.SIGTERM
+        handlers = [signal.signal(s, lambda number, _: self.stopped.append(number)) for s in signals]
+        total, self.start, self.paused = self.args.num_steps, time.time(), 0.0
+        self.bar = tqdm(total=total, initial=self.step, desc=self.script, disable=None, dynamic_ncols=True)
+        while self.step < total and not self.stopped:
+            self.step += 1
+            yield self.step
+            self.bar.update()
+            if self.stopped or self.due(self.args.eval_every):
+                self.save()
+        self.bar.close()
+        for number, handler in zip(signals, handlers):
+            signal.signal(number, handler)
+
+    def log(self, scalars: dict[str, Tensor | float], evaluate: Callable[[], dict]) -> None:
+        """Write a step's scalars and, when it is due, evaluate() and the samples.png that it has drawn."""
+        evaluated = self.due(self.args.eval_every)
+        self.scalars = {name: torch.as_tensor(value).item() for name, value in scalars.items()}
+        finite = all(map(math.isfinite, self.scalars.values()))
+        if evaluated:
+            modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+            finite &= all(bool(v.isfinite().all()) for part in modules for v in part.state_dict().values())
+        if not finite:
+            self.bar.close()
+            kept = (
+                f"{self.folder / 'checkpoint.pt'} of step {self.last_saved}"
+                if self.last_saved
+                else "none yet"
+            )
+            what = f"the loss is not finite at step {self.step}: {self.scalars}"
+            fail(f"{what}; last good checkpoint: {kept}; try lower learning rates")
+        done = self.step - self.first_step
+        self.scalars["steps_per_second"] = done / (time.time() - self.start - self.paused)
+        row, pictures = {"step": self.step} | self.scalars, {}
+        if evaluated:
+            pause = time.time()
+            self.metrics = evaluate()
+            self.paused += time.time() - pause
+            row, pictures = row | self.metrics, {"samples": self.folder / "samples.png"}
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.log_wandb(row, pictures)
+        plain = {name: value for name, value in self.metrics.items() if not isinstance(value, list)}
+        shown = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in plain.items()}
+        loss = next(iter(self.scalars.values()))
+        self.bar.set_postfix(loss=f"{loss:.4f}", **shown, refresh=False)
+        if evaluated and shown:
+            self.bar.write(f"step {self.step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+
+    def log_wandb(self, row: dict, pictures: dict[str, Path], last: bool = False) -> None:
+        """Send what there is to W&B, whose failures never cost a trained model."""
+        if self.wandb_run is None:
+            return
+        try:
+            import wandb
+
+            if row:
+                row = row | {name: wandb.Image(str(path)) for name, path in pictures.items()}
+                self.wandb_run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            if last:
+                self.wandb_run.finish()
+        except Exception as error:
+            print(f"W&B failed ({error!s:.200}); the run goes on in {self.folder}", file=sys.stderr)
+            self.wandb_run = None
+
+    def finish(self, facts: dict) -> Path:
+        """Draw the curves; of a run that is done write results.json, with facts in it; returns the folder."""
+        plot_curves(self.folder)
+        self.log_wandb({}, {}, last=True)
+        if self.step < self.args.num_steps:
+            go_on = f"go on with: python {self.script}.py --resume {self.folder}"
+            print(f"stopped after step {self.step}; {go_on}", file=sys.stderr)
+            raise SystemExit(128 + self.stopped[0])
+        seconds, speed = self.seconds + time.time() - self.start, self.scalars["steps_per_second"]
+        results = self.metrics | facts | {"steps": self.step, "seconds": round(seconds)}
+        results |= {"steps_per_second": round(speed, 2)} | run_facts(self.device)
+        write_file(self.folder / "results.json", json.dumps(results, indent=2))
+        print("\n".join(f"{name:>20}  {value}" for name, value in results.items()))
+        print("\n".join(f"{self.folder / name}" for name in ("samples.png", "curves.png", "checkpoint.pt")))
+        return self.folder
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(args: Args) -> Path:
+    """Train, evaluate and save; returns the run folder."""
+    checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt", SCRIPT) if args.resume else None
+    args = resumed_args(args, checkpoint["args"]) if checkpoint else args
+    device = pick_device(args.device)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+    parts = load_images(args.dataset, args.data_dir, args.eval_split)
+    labelled, unlabelled = split_labels(parts[1], args.num_labels, args.label_seed)
+    if not len(unlabelled):
+        fail(f"--num-labels {args.num_labels} leaves no image unlabelled; baseline_cnn.py learns from labels")
+    x, y, x_eval, y_eval = (part.to(device) for part in parts)
+    data, x_labelled, y_labelled = x[unlabelled.to(device)], x[labelled.to(device)], y[labelled.to(device)]
+    if args.batch_size > len(data):
+        fail(f"--batch-size {args.batch_size} exceeds the {len(data)} unlabelled images of {args.dataset}")
+    run = Run(args, SCRIPT, checkpoint, device)
+    evaluation = ImageEvaluation(args, x, [y, x_eval, y_eval])
+    torch.manual_seed(args.seed)  # whether a judge was made or not
+
+    generator = make_generator(args.latent_dim, args.channels, False).to(device)
+    classifier = Classifier(args.channels, 10 + args.explicit_fake_class).to(device)
+    averaged, teacher = average(generator, args.ema_decay), average(classifier, args.ema_decay)
+    adam = partial(torch.optim.Adam, betas=(args.beta1, 0.999), fused=True)
+    opt_classifier, opt_generator = adam(classifier.parameters(), args.lr), adam(generator.parameters())
+    networks = {"generator": generator, "averaged": averaged, "classifier": classifier, "teacher": teacher}
+    run.hold(**networks, opt_classifier=opt_classifier, opt_generator=opt_generator)
+
+    def distort(images: Tensor) -> Tensor:
+        if not args.augment:
+            return images
+        images, share = augment(images), args.paste * (1 - 2 * run.step / args.num_steps)
+        return paste_patches(images, share) if share > 0 else images
+
+    def discriminate(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = model(images)
+        return features, fold_fake_class(logits) if args.explicit_fake_class else logits
+
+    def update(optimizer, loss: Tensor, lr: float) -> None:
+        # Learning rates stay, and in the last part of the run fall linearly to zero.
+        rate = min(1.0, (args.num_steps + 1 - run.step) / max(1.0, args.lr_decay * args.num_steps))
+        (group,) = optimizer.param_groups
+        group["lr"] = lr * rate
+        optimizer.zero_grad()
+        loss.backward(inputs=group["params"])
+        optimizer.step()
+
+    def evaluate() -> dict:
+        seconds = run.train_seconds()
+        samples = draw_samples(averaged, args.latent_dim, max(evaluation.count, 100), args.seed, device)
+        for name in (f"samples_{run.step:06d}.png", "samples.png"):
+            save_picture(run.folder / name, samples, x)
+        metrics, found = classify(teacher, x_eval, y_eval, args.eval_views if args.augment else 0)
+        plot_confusion(run.folder / "confusion.png", y_eval, found)
+        return metrics | {"train_seconds": seconds} | evaluation(samples)
+
+    for _ in run.steps():
+        # The classifier learns the classes of the labelled images, and which images are real.
+        pick = torch.randint(len(x_labelled), (args.label_batch_size,), device=device)
+        clean = draw_batch(data, args.batch_size)
+        images = distort(torch.cat((to_float(x_labelled[pick]), clean)))
+        hold_statistics(classifier.train(), False)
+        logits = discriminate(classifier, images)[1]
+        l_labelled, l_real = logits.split((args.label_batch_size, args.batch_size))
+        loss = loss_labelled = F.cross_entropy(l_labelled, y_labelled[pick])
+        scalars = {"loss_labelled": loss_labelled}
+
+        # Batch normalisation sees real and generated images together, or else it would make them alike; its
+        # running averages, with which the classifier is evaluated, stay those of real images.
+        hold_statistics(classifier, True)
+        if args.gan_weight:
+            fake = generator(torch.randn(args.batch_size // 2, args.latent_dim, device=device))
+            both = torch.cat((images[-len(fake) :], distort(fake.detach())))
+            scalars["loss_gan"] = discriminator_loss(*discriminate(classifier, both)[1].chunk(2))
+            loss = loss + args.gan_weight * scalars["loss_gan"]
+        if args.augment and args.consistency_weight:
+            with torch.no_grad():
+                l_teacher = discriminate(teacher.eval(), clean)[1]
+            term = scalars["loss_consistency"] = pseudo_label_loss(l_real, l_teacher, args.threshold)
+            loss = loss + args.consistency_weight * term
+        update(opt_classifier, loss, args.lr)
+        teacher.update_parameters(classifier)
+
+        # The generator matches the mean features of real images, or looks real to D.
+        if args.gan_weight:
+            both = torch.cat((images[-len(fake) :], distort(fake)))
+            (h_real, h_fake), (_, l_fake) = (v.chunk(2) for v in discriminate(classifier.train(), both))
+            matching = args.feature_matching
+            loss_generator = feature_matching_loss(h_real, h_fake) if matching else generator_loss(l_fake)
+            scalars["loss_generator"] = loss_generator
+            update(opt_generator, loss_generator, args.lr_generator)
+            averaged.update_parameters(generator)
+
+        if run.due(args.log_every) or run.due(args.eval_every):
+            run.log({"loss": loss} | scalars, evaluate)
+    return run.finish({"num_labels": args.num_labels, "label_seed": args.label_seed} | evaluation.facts)
+
+
+def generate(args: Args) -> Path:
+    """Samples of a checkpoint as a folder of PNG files; returns it."""
+    if not args.checkpoint or not args.out:
+        fail("--generate needs --checkpoint runs/<run>/checkpoint.pt and --out <new folder>")
+    out, checkpoint = Path(args.out), load_checkpoint(Path(args.checkpoint), SCRIPT)
+    if out.exists():
+        fail(f"--out {out} exists; name a new folder")
+    device, made = pick_device(args.device), Args(**checkpoint["args"])
+    if not made.gan_weight:
+        fail(f"{args.checkpoint} was trained with --gan-weight 0 and has no generator to draw from")
+    averaged = average(make_generator(made.latent_dim, made.channels, False), made.ema_decay)
+    averaged.load_state_dict(checkpoint["averaged"])
+    samples = draw_samples(averaged.to(device), made.latent_dim, args.generate, args.seed, device).cpu()
+    pixels = ((samples.squeeze(1) + 1) * 127.5).round().to(torch.uint8).numpy()
+    beside = out.with_name(out.name + ".tmp")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        for i, image in enumerate(tqdm(pixels, desc=str(out), disable=None)):
+            Image.fromarray(image).save(beside / f"{i:06d}.png")
+        os.replace(beside, out)
+    except OSError as error:
+        fail(f"cannot write --out {out} ({error.strerror}); name a place where you may write")
+    print(f"{args.generate} samples in {out}")
+    return out
+
+
+def main(args: Args) -> Path:
+    """Train, or sample with --generate; returns the folder that was written."""
+    return generate(args) if args.generate else train(args)
+
+
+if __name__ == "__main__":
+    try:
+        args = tyro.cli(Args)
+    except ValueError as error:  # later versions of tyro show it themselves
+        fail(str(error))
+    main(args)
