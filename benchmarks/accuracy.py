@@ -52,8 +52,11 @@ def main(runs: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path) -> 
         label, color = name if first else "_", f"C{names.index(name)}"
         axes.plot(seconds, errors, ".-", label=label, color=color, lw=1, ms=4)
     axes.grid(which="both", alpha=0.3)
+    limits = axes.get_ylim()
+    axes.set_yticks([0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100], minor=False)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.set_ylim(limits)
     axes.legend()
     try:
         figure.savefig(out, format="png", dpi=110)
