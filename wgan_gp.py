@@ -59,7 +59,7 @@ from tqdm import tqdm
 
 SCRIPT = "wgan_gp"
 TOYS = ("ring", "grid")
-TOY = {"num_steps": 20_000, "batch_size": 256, "latent_dim": 2, "penalty_weight": 0.1, "lr_decay": 0.4}
+TOY = {"num_steps": 20_000, "batch_size": 256, "latent_dim": 2, "penalty_weight": 1.0, "lr_decay": 0.4}
 IMAGES = {"num_steps": 8000, "batch_size": 64, "latent_dim": 32, "penalty_weight": 10.0, "lr_decay": 0.7}
 W1_SAMPLES = 1000  # points between which the exact Wasserstein distance of the toys is taken
 DEFAULTS = {"digits": IMAGES | {"num_steps": 1500}, "ring": TOY | {"num_steps": 10_000}, "grid": TOY}
@@ -100,7 +100,7 @@ class Args:
     lipschitz: Literal["gp", "clip"] = "gp"
     """what bounds the critic's slope: the gradient penalty, or weights clipped to [-clip, clip]"""
     penalty_weight: float | None = None
-    """factor lambda of the gradient penalty (default: 10 for images, 0.1 for toys)"""
+    """factor lambda of the gradient penalty (default: 10 for images, 1 for toys)"""
     one_sided: bool = False
     """penalise slopes above 1 only"""
     penalty_every: int = 1
