@@ -109,9 +109,9 @@ class Args:
     """bound on the absolute value of the critic's weights, for --lipschitz clip"""
     critic_steps: int = 1
     """critic updates per generator update"""
-    lr_generator: float = 3e-3
+    lr_generator: float = 2e-3
     """Adam's learning rate for the generator"""
-    lr_critic: float = 3e-3
+    lr_critic: float = 2e-3
     """Adam's learning rate for the critic"""
     beta1: float = 0.0
     """Adam's decay of the first moment; with 0 it is RMSprop with its bias taken out"""
