@@ -14,7 +14,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Tests run in two processes (see pyproject.toml), one thread each; `-n 0` gives one process two threads.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+torch.set_num_threads(min(THREADS, torch.get_num_threads()))
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -47,11 +49,9 @@ def tiny_mnist(tmp_path_factory) -> Path:
 
 def environment(changes: dict | None) -> dict:
     """This process's environment with changes; None takes a variable away."""
-    env = os.environ | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "200", "OMP_NUM_THREADS": "2"}
+    env = {"OMP_NUM_THREADS": str(THREADS)} | os.environ | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}
     # A W&B service that this process has started writes to paths that are relative to this one's folder.
-    env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "WANDB_SERVICE": None} | (
-        changes or {}
-    )
+    env |= {"WANDB_SERVICE": None} | (changes or {})
     return {name: value for name, value in env.items() if value is not None}
 
 

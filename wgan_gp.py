@@ -1,0 +1,913 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6",
+#     "torchvision>=0.21",
+#     "tyro>=1.0",
+#     "wandb>=0.30",
+#     "numpy>=1.26",
+#     "tqdm>=4.66",
+#     "matplotlib>=3.8",
+#     "scikit-learn>=1.4",
+# ]
+# ///
+"""Wasserstein GAN: a critic that measures the way from samples to data, a generator that shortens it.
+
+The critic f is kept 1-Lipschitz, so that max E f(x) - E f(y), for x real and y fake, is the Wasserstein-1
+distance of the two (Kantorovich-Rubinstein duality); the generator lowers it. What keeps f Lipschitz is the
+choice that matters: a penalty on its slope between real and fake samples, or weights clipped to a box. Read
+it beside
+    Arjovsky et al. 2017         Wasserstein GAN: duality, weight clipping           1701.07875
+    Gulrajani et al. 2017        Improved training of WGANs: the gradient penalty    1704.00028
+    Petzka et al. 2018           the one-sided penalty                               1709.08894
+    Karras et al. 2020           the lazy penalty                                    1912.04958
+
+    python wgan_gp.py                                                      # MNIST, gradient penalty
+    python wgan_gp.py --dataset digits                                     # no download
+    python wgan_gp.py --dataset grid                                       # 25 Gaussians, with the exact W1
+    python wgan_gp.py --lipschitz clip                                     # the first WGAN
+    python wgan_gp.py --resume runs/<run>                                  # goes on as if never stopped
+    python wgan_gp.py --generate 10000 --checkpoint runs/<run>/checkpoint.pt --out samples/
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+import tyro
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+SCRIPT = "wgan_gp"
+TOYS = ("ring", "grid")
+TOY = {"num_steps": 20_000, "batch_size": 256, "latent_dim": 2, "penalty_weight": 1.0, "lr_decay": 0.4}
+IMAGES = {"num_steps": 8000, "batch_size": 64, "latent_dim": 32, "penalty_weight": 10.0, "lr_decay": 0.7}
+W1_SAMPLES = 1000  # points between which the exact Wasserstein distance of the toys is taken
+DEFAULTS = {"digits": IMAGES | {"num_steps": 1500}, "ring": TOY | {"num_steps": 10_000}, "grid": TOY}
+
+
+@dataclasses.dataclass
+class Args:
+    exp_name: str = SCRIPT
+    """first part of the run folder's name"""
+    seed: int = 1
+    """seed of every random number of the run"""
+    torch_deterministic: bool = True
+    """ask torch for deterministic algorithms where it has them"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """where to train; auto takes CUDA, then MPS, then the CPU"""
+    track: bool = False
+    """log to Weights & Biases as well"""
+    wandb_project_name: str = "minimal-gans"
+    """W&B project"""
+    wandb_entity: str | None = None
+    """W&B team or user; by default your own"""
+
+    dataset: Literal["mnist", "fashion-mnist", "kmnist", "digits", "ring", "grid"] = "mnist"
+    """images; digits needs no download; ring (8 Gaussians) and grid (25 Gaussians) are 2-D toys"""
+    data_dir: str = "data"
+    """folder of the image files in torchvision's layout; missing files are downloaded to it"""
+    eval_split: Literal["test", "validation"] = "test"
+    """what samples are compared with; validation takes the last sixth of the training images out for it"""
+
+    num_steps: int | None = None
+    """generator updates (default: by data set)"""
+    batch_size: int | None = None
+    """real and fake samples in a batch (default: 64 images, 256 points)"""
+    latent_dim: int | None = None
+    """size of the generator's Gaussian input (default: 32 for images, 2 for toys)"""
+    channels: int = 32
+    """channels of the image networks' 14 x 14 maps; those of 7 x 7 have twice, of 28 x 28 half as many"""
+    lipschitz: Literal["gp", "clip"] = "gp"
+    """what bounds the critic's slope: the gradient penalty, or weights clipped to [-clip, clip]"""
+    penalty_weight: float | None = None
+    """factor lambda of the gradient penalty (default: 10 for images, 1 for toys)"""
+    one_sided: bool = False
+    """penalise slopes above 1 only"""
+    penalty_every: int = 1
+    """critic updates from one penalty to the next, which then weighs as many times more (lazy penalty)"""
+    clip: float = 0.01
+    """bound on the absolute value of the critic's weights, for --lipschitz clip"""
+    critic_steps: int = 1
+    """critic updates per generator update"""
+    lr_generator: float = 3e-3
+    """Adam's learning rate for the generator"""
+    lr_critic: float = 3e-3
+    """Adam's learning rate for the critic"""
+    beta1: float = 0.0
+    """Adam's decay of the first moment; with 0 it is RMSprop with its bias taken out"""
+    beta2: float = 0.9
+    """Adam's decay of the second moment"""
+    lr_decay: float | None = None
+    """last share of the run, over which the learning rates fall to zero (default: 0.7 images, 0.4 toys)"""
+    ema_decay: float = 0.999
+    """decay per step of the averaged generator, which draws the samples"""
+
+    num_eval_samples: int = 10_000
+    """samples drawn for an evaluation; 0 switches evaluation off"""
+    eval_every: int | None = None
+    """steps between evaluations, pictures and checkpoints (default: a fifth of the run)"""
+    log_every: int = 100
+    """steps between lines of metrics.jsonl"""
+    run_dir: str = "runs"
+    """folder in which run folders are made"""
+    resume: str | None = None
+    """run folder to go on with"""
+    generate: int = 0
+    """draw this many samples from --checkpoint into the new folder --out, instead of training"""
+    checkpoint: str | None = None
+    """a run's checkpoint.pt, for --generate"""
+    out: str | None = None
+    """folder for --generate"""
+
+    def __post_init__(self) -> None:
+        if not self.resume:  # else what was not given is taken from the run
+            for name, value in DEFAULTS.get(self.dataset, IMAGES).items():
+                setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
+            self.eval_every = math.ceil(self.num_steps / 5) if self.eval_every is None else self.eval_every
+        positive = "num_steps batch_size latent_dim channels critic_steps eval_every log_every penalty_every"
+        limits = dict.fromkeys(positive.split(), (1, math.inf)) | {"seed": (0, 2**32 - 1)}
+        limits |= dict.fromkeys(("lr_generator", "lr_critic", "clip"), (1e-12, 1e38))
+        limits |= dict.fromkeys(("ema_decay", "lr_decay"), (0, 1))
+        limits |= dict.fromkeys(("beta1", "beta2"), (0, 0.999999))
+        limits |= dict.fromkeys(("penalty_weight", "generate", "num_eval_samples"), (0, 1e38))
+        for name, (low, high) in limits.items():
+            value, option = getattr(self, name), "--" + name.replace("_", "-")
+            if value is not None and not low <= value <= high:
+                bounded = f"in [{low}, {high}]" if high < 1e38 else "finite and at least 0"
+                wanted = "positive" if low > 0 else bounded
+                raise ValueError(f"{option} must be {wanted}, not {value}")
+        if 0 < self.num_eval_samples < 10:
+            raise ValueError(f"--num-eval-samples must be 0 or at least 10, not {self.num_eval_samples}")
+        if self.lipschitz == "clip" and (self.one_sided or self.penalty_every > 1):
+            raise ValueError("--lipschitz clip has no gradient penalty: leave its options away")
+
+
+def fail(message: str) -> NoReturn:
+    """Say in one line what is wrong and what to do about it, and leave with exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_images(dataset: str, data_dir: str, eval_split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training and evaluation images (n, 28, 28) uint8 and labels (n,) int64: x, y, x_eval, y_eval.
+
+    `digits` is scikit-learn's 1,797 digits of 8 x 8, enlarged; the others are read in torchvision's layout,
+    and downloaded if they are not there. With eval_split "validation" the last sixth of the training images
+    is the evaluation part, and the test images are not touched.
+    """
+    if dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
+        images = F.interpolate(images, size=28, mode="bilinear").squeeze(1).round().to(torch.uint8)
+        # The file is in the order of its writers; mix them, always in the same way.
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
+        images, labels = images[order], torch.from_numpy(labels).long()[order]
+        parts = [images[:1437], labels[:1437], images[1437:], labels[1437:]]
+    else:
+        name = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}[dataset]
+        raw = Path(data_dir) / name / "raw"
+        files = [f"{a}-{b}-ubyte" for a in ("train", "t10k") for b in ("images-idx3", "labels-idx1")]
+        present = all((raw / file).is_file() for file in files)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                make = getattr(torchvision.datasets, name)
+                sets = [make(data_dir, train=train, download=not present) for train in (True, False)]
+            parts = [v for s in sets for v in (s.data, s.targets.long())]
+            for images, labels in (parts[:2], parts[2:]):
+                if images.shape != (len(labels), 28, 28) or not len(labels) or labels.max() > 9:
+                    raise ValueError(f"images {tuple(images.shape)}, labels {tuple(labels.shape)}")
+        except Exception as error:
+            if present:
+                fail(f"{raw} holds damaged files ({error!r:.200}); delete them to download {dataset} again")
+            fail(
+                f"{dataset} is not in {raw} and cannot be downloaded ({error!s:.200}); put its IDX files "
+                "there, name their place with --data-dir, or take --dataset digits, which needs no download"
+            )
+    x, y, x_eval, y_eval = parts
+    if eval_split == "validation":
+        n = len(x) * 5 // 6
+        x, y, x_eval, y_eval = x[:n], y[:n], x[n:], y[n:]
+    return x, y, x_eval, y_eval
+
+
+def toy_modes(dataset: str) -> tuple[Tensor, float]:
+    """Means (k, 2) and standard deviation of a 2-D mixture, as in VEEGAN (2017) and PacGAN (2018)."""
+    if dataset == "ring":
+        angle = torch.arange(8) * (math.pi / 4)
+        return torch.stack((angle.cos(), angle.sin()), 1), 0.01
+    axis = torch.arange(-4.0, 5.0, 2.0)
+    return torch.cartesian_prod(axis, axis), 0.05
+
+
+def load_toy(dataset: str, num_samples: int = 100_000) -> Tensor:
+    """Samples (num_samples, 2) of a 2-D mixture with equal weights, the same ones in every run."""
+    modes, std = toy_modes(dataset)
+    rng = torch.Generator().manual_seed(0)
+    index = torch.randint(len(modes), (num_samples,), generator=rng)
+    return modes[index] + std * torch.randn(num_samples, 2, generator=rng)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images (n, 28, 28) as floats (n, 1, 28, 28) in [-1, 1]."""
+    return images.unsqueeze(1).float() / 127.5 - 1
+
+
+def draw_batch(data: Tensor, batch_size: int) -> Tensor:
+    """A batch drawn with replacement: images (b, 1, 28, 28) in [-1, 1], or points (b, 2)."""
+    batch = data[torch.randint(len(data), (batch_size,), device=data.device)]
+    return to_float(batch) if batch.dtype == torch.uint8 else batch
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Networks
+
+
+def make_generator(latent_dim: int, channels: int, toy: bool) -> nn.Sequential:
+    """Latent (b, latent_dim) to image (b, 1, 28, 28) in [-1, 1], or to point (b, 2)."""
+    if toy:
+        return nn.Sequential(
+            *(nn.Linear(latent_dim, 128), nn.ReLU()),
+            *(nn.Linear(128, 128), nn.ReLU()),
+            *(nn.Linear(128, 128), nn.ReLU()),
+            nn.Linear(128, 2),
+        )
+    c, half = channels, max(1, channels // 2)
+    return nn.Sequential(
+        *(nn.Linear(latent_dim, 2 * c * 49, bias=False), nn.Unflatten(1, (2 * c, 7, 7))),
+        *(nn.BatchNorm2d(2 * c), nn.ReLU()),
+        *(nn.Conv2d(2 * c, 2 * c, 3, 1, 1, bias=False), nn.BatchNorm2d(2 * c), nn.ReLU()),
+        *(nn.ConvTranspose2d(2 * c, c, 4, 2, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()),
+        *(nn.ConvTranspose2d(c, half, 4, 2, 1, bias=False), nn.BatchNorm2d(half), nn.ReLU()),
+        *(nn.Conv2d(half, 1, 3, 1, 1), nn.Tanh()),
+    ).to(memory_format=torch.channels_last)  # half the time of a step on a CPU
+
+
+class Affine(nn.Module):
+    """factor * x + shift, with two constants."""
+
+    def __init__(self, factor: float, shift: float = 0.0):
+        super().__init__()
+        self.factor, self.shift = factor, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x + self.shift
+
+
+def make_critic(feature_dim: int, channels: int, toy: bool, spectral_norm: bool, scale: float) -> nn.Module:
+    """Image (b, 1, 28, 28) or point (b, 2) to features (b, feature_dim)."""
+    sn = nn.utils.parametrizations.spectral_norm if spectral_norm else nn.Identity()
+    c, act = channels, nn.LeakyReLU(0.2)
+    if toy:
+        return nn.Sequential(
+            *(sn(nn.Linear(2, 128)), act),
+            *(sn(nn.Linear(128, 128)), act),
+            *(sn(nn.Linear(128, 128)), act),
+            *(sn(nn.Linear(128, feature_dim)), Affine(scale)),
+        )
+    return nn.Sequential(
+        Affine(1.0, 1.0),  # black becomes the 0 with which convolutions pad; or else they see a grey frame
+        *(sn(nn.Conv2d(1, c, 4, 2, 1)), act),
+        *(sn(nn.Conv2d(c, 2 * c, 4, 2, 1)), act),
+        *(sn(nn.Conv2d(2 * c, 2 * c, 3, 1, 1)), act),
+        *(nn.Flatten(), sn(nn.Linear(2 * c * 49, feature_dim)), Affine(scale)),
+    ).to(memory_format=torch.channels_last)
+
+
+def average(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of a model and its buffers, with a shorter memory in the first steps."""
+
+    def update(averages: list, values: list, count: Tensor) -> None:
+        if averages[0].is_floating_point():  # a list holds one dtype; batch normalisation's counters stay
+            torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def wasserstein_estimate(f_real: Tensor, f_fake: Tensor) -> Tensor:
+    """The critic's estimate of W1, mean f(x) - mean f(y), of its values f_real and f_fake (b,): a scalar.
+
+    Arjovsky et al. 2017, eq. 2 and 3. A lower bound of K times the distance of the two batches, if the
+    critic's slope is nowhere above K.
+    """
+    return f_real.mean() - f_fake.mean()
+
+
+def between(real: Tensor, fake: Tensor) -> Tensor:
+    """Points on the lines from real to fake samples, both (b, ...), uniform on each, which take a gradient.
+
+    Gulrajani et al. 2017, section 4, "Sampling distribution".
+    """
+    u = torch.rand(len(real), *[1] * (real.dim() - 1), dtype=real.dtype, device=real.device)
+    return torch.lerp(real, fake, u).requires_grad_()
+
+
+def slope_penalty(critic: nn.Module, points: Tensor, one_sided: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean of (|grad f(t)| - 1)^2 over points t (b, ...) that take a gradient, and the mean slope: scalars.
+
+    Gulrajani et al. 2017, eq. 3; with one_sided of max(0, |grad f(t)| - 1)^2 (section 4, and Petzka et al.
+    2018, eq. 8). The critic's value at a point must not depend on the others: no batch normalisation. Real
+    and fake samples keep out of this pass, as only it is differentiated twice.
+    """
+    (grad,) = torch.autograd.grad(critic(points).sum(), points, create_graph=True)
+    slope = grad.flatten(1).norm(dim=1)
+    excess = (slope - 1).clamp(min=0) if one_sided else slope - 1
+    return excess.square().mean(), slope.detach().mean()
+
+
+@torch.no_grad()
+def clip_weights(critic: nn.Module, clip: float) -> None:
+    """Bring every parameter of the critic back to [-clip, clip], in place (Arjovsky et al. 2017, Alg. 1)."""
+    torch._foreach_clamp_max_(list(critic.parameters()), clip)
+    torch._foreach_clamp_min_(list(critic.parameters()), -clip)
+
+
+def exact_wasserstein(x: Tensor, y: Tensor) -> float:
+    """Wasserstein-1 distance of two samples x and y of one shape (n, d), by an optimal assignment.
+
+    The mean of |x_i - y_s(i)| under the best permutation s, from SciPy's solver: n^3 steps, so that n = 1000
+    is a second's work. Raises ValueError for other shapes.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if x.dim() != 2 or x.shape != y.shape:
+        raise ValueError(f"x and y must have one shape (n, d), not {tuple(x.shape)} and {tuple(y.shape)}")
+    cost = torch.cdist(x.double(), y.double()).cpu().numpy()
+    return float(cost[linear_sum_assignment(cost)].mean())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+class Judge(nn.Module):
+    """The classifier in whose 128 features images are compared."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(1, 32, 5, 2, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.Conv2d(32, 64, 5, 2, 2, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(64 * 49, 128), nn.ReLU()),
+        )
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (b, 128) and class logits (b, 10) of images (b, 1, 28, 28) in [-1, 1]."""
+        features = self.body(images)
+        return features, self.head(features)
+
+
+def train_judge(images: Tensor, labels: Tensor, epochs: int = 4, batch_size: int = 128) -> Judge:
+    """A judge trained on images (n, 28, 28) uint8 and labels (n,), from seed 0; leaves torch's alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        judge = Judge().to(images.device)
+        optimizer = torch.optim.Adam(judge.parameters())
+        steps = epochs * math.ceil(len(images) / batch_size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+        for _ in range(epochs):
+            for index in torch.randperm(len(images), device=images.device).split(batch_size):
+                loss = F.cross_entropy(judge(to_float(images[index]))[1], labels[index], label_smoothing=0.05)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return judge.eval().requires_grad_(False)
+
+
+def load_judge(args, images: Tensor, labels: Tensor) -> tuple[Judge, str]:
+    """The judge of these training images, from --run-dir if it is there, and the hash of its weights."""
+    data = hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()[:12]
+    path = Path(args.run_dir) / f"judge__{args.dataset}__{data}.pt"
+    judge = Judge().to(images.device).eval().requires_grad_(False)
+    try:
+        judge.load_state_dict(torch.load(path, map_location=images.device, weights_only=True))
+    except Exception:  # not there yet, or damaged
+        print(f"training the judge of the images, once; it is kept in {path}", flush=True)
+        judge = train_judge(images, labels)
+        write_file(path, judge.state_dict())
+    weights = b"".join(v.cpu().numpy().tobytes() for v in judge.state_dict().values())
+    return judge, hashlib.sha256(weights).hexdigest()[:12]
+
+
+def judge_images(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and logits of images, uint8 (n, 28, 28) or float (n, 1, 28, 28), in blocks of 1,000."""
+    blocks = [judge(to_float(b) if b.dtype == torch.uint8 else b) for b in images.split(1000)]
+    return torch.cat([f for f, _ in blocks]), torch.cat([z for _, z in blocks])
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Frechet distance of Gaussians fitted to features x (n, d) and y (m, d) (Heusel et al. 2017, eq. 6)."""
+    x, y = x.cpu().double(), y.cpu().double()  # MPS has no float64
+    if not (x.isfinite().all() and y.isfinite().all()):
+        return math.nan  # some LAPACKs crash on it
+    cov_x, cov_y = x.T.cov(), y.T.cov()
+    root = torch.linalg.eigvals(cov_x @ cov_y).real.clamp(min=0).sqrt().sum()  # trace of (cov_x cov_y)^(1/2)
+    return ((x.mean(0) - y.mean(0)).square().sum() + cov_x.trace() + cov_y.trace() - 2 * root).item()
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """Precision and recall of features fake (m, d) for real (n, d) (Kynkaanniemi et al. 2019, eq. 1-3): the
+    share of each set in reach of the other, where a point reaches as far as its k-th neighbour in its set."""
+
+    def share_within(points: Tensor, others: Tensor) -> float:
+        reach = torch.cat([torch.cdist(b, others).kthvalue(k + 1).values for b in others.split(1000)])
+        within = [(torch.cdist(b, others) <= reach).any(1) for b in points.split(1000)]
+        return torch.cat(within).float().mean().item()
+
+    return share_within(fake, real), share_within(real, fake)
+
+
+def image_metrics(judge: Judge, fake: Tensor, real: Tensor, labels: Tensor) -> dict:
+    """Metrics of images fake (m, ...) against real (n, 28, 28) and the classes labels (l,), by the judge."""
+    f_fake, logits = judge_images(judge, fake)
+    f_real, _ = judge_images(judge, real)
+    precision, recall = precision_recall(f_real, f_fake)
+    shares, target = (c.cpu().bincount(minlength=10) / len(c) for c in (logits.argmax(1), labels))
+    kl = torch.xlogy(shares, shares / target).sum().item()
+    metrics = {"fid": frechet_distance(f_real, f_fake), "precision": precision, "recall": recall}
+    return metrics | {"class_kl": kl, "class_shares": [round(s, 4) for s in shares.tolist()]}
+
+
+def toy_metrics(samples: Tensor, modes: Tensor, std: float) -> dict:
+    """Of samples (n, 2) and a mixture's modes (k, 2): modes covered, share of samples of high quality (within
+    3 std of the nearest mode), and the KL divergence of the modes' shares, by nearest mode, from uniform."""
+    distance, nearest = torch.cdist(samples, modes).min(1)
+    good = distance <= 3 * std
+    shares = nearest.bincount(minlength=len(modes)) / len(samples)
+    kl = torch.xlogy(shares, shares * len(modes)).sum().item()
+    return {"modes": len(nearest[good].unique()), "high_quality": good.float().mean().item(), "mode_kl": kl}
+
+
+class Evaluation:
+    """Measures samples: points by a toy's modes, images by the judge against images that are held out.
+
+    `data` are the training samples, `held` their labels and the images (n, 28, 28) and labels of the other
+    part; `facts` says of results.json which judge it was, and its metrics for training images: the floor.
+    """
+
+    def __init__(self, args, data: Tensor, held: list[Tensor]):
+        self.modes = toy_modes(args.dataset) if not held else None
+        self.count, self.facts = args.num_eval_samples, {}
+        if held and self.count:
+            labels, x, y = held
+            self.count = min(self.count, len(x))
+            self.judge, judge_hash = load_judge(args, data, labels)
+            self.images, self.labels = x[: self.count], y
+            hits = judge_images(self.judge, self.images)[1].argmax(1) == y[: self.count]
+            self.facts = {"judge": judge_hash, "judge_accuracy": hits.float().mean().item()}
+            floor = self(data[: self.count])
+            self.facts |= {"num_eval": self.count} | {f"floor_{name}": v for name, v in floor.items()}
+            print(f"floor of fid, training against {args.eval_split} images: {floor['fid']:.3f}", flush=True)
+
+    def __call__(self, samples: Tensor) -> dict:
+        """Metrics of images (n, ...) or points (n, 2), of which the first num_eval_samples count."""
+        if not self.count:
+            return {}
+        if self.modes:
+            return toy_metrics(samples[: self.count].cpu(), *self.modes)
+        return image_metrics(self.judge, samples[: self.count], self.images, self.labels)
+
+
+@torch.no_grad()
+def draw_samples(generator: nn.Module, latent_dim: int, count: int, seed: int, device) -> Tensor:
+    """Samples (count, ...) of a generator in evaluation mode; the latents have a seed of their own."""
+    rng = torch.Generator().manual_seed(seed)
+    latents = torch.randn(count, latent_dim, generator=rng).to(device)
+    return torch.cat([generator.eval()(z) for z in latents.split(1000)])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Run folder and tracking
+
+
+def write_file(path: Path, content: str | bytes | dict) -> None:
+    """Write text, bytes or, by torch.save, a state beside the file and rename: nobody sees half a file."""
+    if isinstance(content, dict):
+        torch.save(content, buffer := io.BytesIO())
+        content = buffer.getvalue()
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(beside, path)
+
+
+def load_checkpoint(path: Path, script: str) -> dict:
+    """A checkpoint of this script, on the CPU. Code in it is not run; what is wrong is said in one line."""
+    if not path.is_file():
+        fail(f"there is no checkpoint {path}; a run folder that was saved holds a checkpoint.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        fail(f"checkpoint {path} is damaged, or holds code, which is never run ({error!r:.80})")
+    if not isinstance(state, dict) or state.get("script") != script:
+        other = state.get("script") if isinstance(state, dict) else None
+        fail(f"checkpoint {path} comes from {other or 'another program'}, not from {script}")
+    if missing := {"args", "step", "seconds", "rng", "averaged"} - state.keys():
+        fail(f"checkpoint {path} is damaged: it has no {', '.join(sorted(missing))}")
+    return state
+
+
+def resumed_args(args, saved: dict):
+    """The saved arguments, updated by the options that were given and that a resumed run may change."""
+    free = "num_steps eval_every log_every num_eval_samples device track data_dir run_dir resume"
+    default = {field.name: field.default for field in dataclasses.fields(args)}
+    typed = {a.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for a in sys.argv[1:]}
+    given = {k: v for k, v in vars(args).items() if v != default[k] or k in typed}
+    for name in given.keys() - {*free.split(), "wandb_project_name", "wandb_entity"}:
+        if given[name] != saved[name]:
+            fail(f"--{name.replace('_', '-')} {given[name]}: the run has {saved[name]}, and must keep it")
+    near = str(Path(args.resume).resolve().parent)  # a run may have been moved
+    return type(args)(**{**saved, "track": False, "device": "auto", "run_dir": near, **given})
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; auto is the best there is."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(d for d in there if there[d]) if name == "auto" else name
+    if not there[name]:
+        fail(f"--device {name}: torch {torch.__version__} finds no such device; use --device cpu or auto")
+    return torch.device(name)
+
+
+def check_wandb() -> None:
+    """Leave with one line unless W&B is installed and either logged in to or offline."""
+    try:
+        import wandb
+    except ImportError:
+        fail("--track needs wandb: pip install wandb")
+    online = os.environ.get("WANDB_MODE", wandb.setup().settings.mode) == "online"
+    if online and not wandb.login(prompt=False, verify=False):
+        fail("--track: you are not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
+
+
+def start_wandb(args, name: str, run_id: str | None):
+    """A W&B run, going on with run_id if given; an offline one if W&B is out of reach."""
+    import wandb
+
+    options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": run_id}
+    options |= {"resume": "allow", "config": vars(args), "dir": args.run_dir}
+    try:
+        return wandb.init(**options)
+    except Exception as error:
+        offline = "logging offline, `wandb sync` sends it later"
+        print(f"W&B is out of reach ({error!s:.200}); {offline}", file=sys.stderr)
+        return wandb.init(**options, mode="offline")
+
+
+def plot_curves(folder: Path) -> None:
+    """curves.png: every scalar of metrics.jsonl against the step; none of a run stopped before its first."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if not rows:
+        return
+    names = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list))
+    names.pop("step")
+    figure = Figure(figsize=(14, 2.6 * math.ceil(len(names) / 4)), layout="constrained")
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(math.ceil(len(names) / 4), 4, place + 1, title=name, xlabel="step")
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points), marker="o" if len(points) < 20 else None, markersize=3)
+        axes.grid(alpha=0.3)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=70)
+    write_file(folder / "curves.png", buffer.getvalue())
+
+
+def save_picture(path: Path, samples: Tensor, data: Tensor) -> None:
+    """A PNG of 100 images (n, 1, 28, 28) in a square, or of points (n, 2) over points of the data (m, 2)."""
+    buffer = io.BytesIO()
+    if samples.dim() == 4:
+        torchvision.utils.save_image((samples[:100] + 1) / 2, buffer, format="png", nrow=10)
+    else:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5, 5), layout="constrained")
+        axes = figure.add_subplot(aspect="equal")
+        for points, name in ((data, "data"), (samples, "samples")):
+            axes.scatter(*points[:2500].cpu().T, s=3, alpha=0.4, label=name)
+        axes.legend(loc="upper right")
+        figure.savefig(buffer, format="png", dpi=70)
+    write_file(path, buffer.getvalue())
+
+
+def run_facts(device: torch.device) -> dict:
+    """What results.json says of the machine: peak memory (of the process, on a CPU), device, versions."""
+    if device.type == "cuda":
+        peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type}, {torch.get_num_threads()} threads"
+        try:
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kB, on macOS in bytes
+            peak *= 1 if sys.platform == "darwin" else 1024
+        except ImportError:  # Windows
+            peak = math.nan
+    versions = {module.__name__: module.__version__ for module in (torch, torchvision)}
+    versions["python"] = sys.version.split()[0]
+    return {"peak_memory_mb": round(peak / 1e6), "device": name, "versions": versions}
+
+
+class Run:
+    """A run: its folder, its steps, its checkpoints, and its twin at W&B."""
+
+    def __init__(self, args, script: str, checkpoint: dict | None, device: torch.device):
+        self.args, self.script, self.checkpoint, self.device = args, script, checkpoint or {}, device
+        self.step, self.seconds = self.checkpoint.get("step", 0), self.checkpoint.get("seconds", 0.0)
+        self.first_step = self.last_saved = self.step
+        if self.step >= args.num_steps:
+            fail(f"{args.resume} has done its {self.step} steps; give more of them with --num-steps")
+        if args.track:
+            check_wandb()
+        name = f"{args.exp_name}__{args.dataset}__{args.seed}__{int(time.time())}"
+        self.folder = Path(args.resume or Path(args.run_dir) / name)
+        self.metrics_file = self.folder / "metrics.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+            lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
+            # What an interrupted run wrote after its last checkpoint will be written again.
+            lines = [f"{line}\n" for line in lines if json.loads(line)["step"] <= self.step]
+            write_file(self.metrics_file, "".join(lines))
+            write_file(self.folder / "args.json", json.dumps(vars(args), indent=2))
+        except OSError as error:
+            fail(f"cannot write the run folder {self.folder} ({error.strerror}); name another with --run-dir")
+        wandb_id = self.checkpoint.get("wandb_id")
+        self.wandb_run = start_wandb(args, self.folder.name, wandb_id) if args.track else None
+        self.wandb_id = self.wandb_run.id if self.wandb_run else wandb_id
+        self.parts, self.stopped, self.scalars, self.metrics = {}, [], {}, {}
+
+    def hold(self, **parts) -> None:
+        """Networks and optimizers that a checkpoint holds; a resumed run's take their state from it."""
+        self.parts = parts
+        if self.checkpoint:
+            for name, part in parts.items():
+                part.load_state_dict(self.checkpoint[name])
+            torch.set_rng_state(self.checkpoint["rng"])
+            if self.device.type == "cuda" and self.checkpoint["rng_cuda"] is not None:
+                torch.cuda.set_rng_state(self.checkpoint["rng_cuda"], self.device)
+
+    def save(self) -> None:
+        """Write checkpoint.pt."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {
+            "script": self.script,
+            "args": vars(self.args),
+            "step": self.step,
+            "rng": torch.get_rng_state(),
+        }
+        state["rng_cuda"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        state |= {"seconds": self.seconds + time.time() - self.start, "wandb_id": self.wandb_id}
+        state["paused"] = self.checkpoint.get("paused", 0.0) + self.paused
+        write_file(self.folder / "checkpoint.pt", state)
+        self.last_saved = self.step
+
+    def train_seconds(self) -> float:
+        """Seconds of training up to now, before a resume too; evaluations do not count."""
+        before = self.seconds - self.checkpoint.get("paused", 0.0)
+        return before + time.time() - self.start - self.paused
+
+    def due(self, every: int) -> bool:
+        """Whether what is done every so many steps, and after the last one, is to be done now."""
+        return self.step % every == 0 or self.step == self.args.num_steps
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps to do. After Ctrl-C or SIGTERM the step at hand is the last, and saved."""
+        signals = signal.SIGINT, signal.SIGTERM
+        handlers = [signal.signal(s, lambda number, _: self.stopped.append(number)) for s in signals]
+        total, self.start, self.paused = self.args.num_steps, time.time(), 0.0
+        self.bar = tqdm(total=total, initial=self.step, desc=self.script, disable=None, dynamic_ncols=True)
+        while self.step < total and not self.stopped:
+            self.step += 1
+            yield self.step
+            self.bar.update()
+            if self.stopped or self.due(self.args.eval_every):
+                self.save()
+        self.bar.close()
+        for number, handler in zip(signals, handlers):
+            signal.signal(number, handler)
+
+    def log(self, scalars: dict[str, Tensor | float], evaluate: Callable[[], dict]) -> None:
+        """Write a step's scalars and, when it is due, evaluate() and the samples.png that it has drawn."""
+        evaluated = self.due(self.args.eval_every)
+        self.scalars = {name: torch.as_tensor(value).item() for name, value in scalars.items()}
+        finite = all(map(math.isfinite, self.scalars.values()))
+        if evaluated:
+            modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+            finite &= all(bool(v.isfinite().all()) for part in modules for v in part.state_dict().values())
+        if not finite:
+            self.bar.close()
+            kept = (
+                f"{self.folder / 'checkpoint.pt'} of step {self.last_saved}"
+                if self.last_saved
+                else "none yet"
+            )
+            what = f"the loss is not finite at step {self.step}: {self.scalars}"
+            fail(f"{what}; last good checkpoint: {kept}; try lower learning rates")
+        done = self.step - self.first_step
+        self.scalars["steps_per_second"] = done / (time.time() - self.start - self.paused)
+        row, pictures = {"step": self.step} | self.scalars, {}
+        if evaluated:
+            pause = time.time()
+            self.metrics = evaluate()
+            self.paused += time.time() - pause
+            row, pictures = row | self.metrics, {"samples": self.folder / "samples.png"}
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.log_wandb(row, pictures)
+        plain = {name: value for name, value in self.metrics.items() if not isinstance(value, list)}
+        shown = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in plain.items()}
+        loss = next(iter(self.scalars.values()))
+        self.bar.set_postfix(loss=f"{loss:.4f}", **shown, refresh=False)
+        if evaluated and shown:
+            self.bar.write(f"step {self.step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+
+    def log_wandb(self, row: dict, pictures: dict[str, Path], last: bool = False) -> None:
+        """Send what there is to W&B, whose failures never cost a trained model."""
+        if self.wandb_run is None:
+            return
+        try:
+            import wandb
+
+            if row:
+                row = row | {name: wandb.Image(str(path)) for name, path in pictures.items()}
+                self.wandb_run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            if last:
+                self.wandb_run.finish()
+        except Exception as error:
+            print(f"W&B failed ({error!s:.200}); the run goes on in {self.folder}", file=sys.stderr)
+            self.wandb_run = None
+
+    def finish(self, facts: dict) -> Path:
+        """Draw the curves; of a run that is done write results.json, with facts in it; returns the folder."""
+        plot_curves(self.folder)
+        self.log_wandb({}, {}, last=True)
+        if self.step < self.args.num_steps:
+            go_on = f"go on with: python {self.script}.py --resume {self.folder}"
+            print(f"stopped after step {self.step}; {go_on}", file=sys.stderr)
+            raise SystemExit(128 + self.stopped[0])
+        seconds, speed = self.seconds + time.time() - self.start, self.scalars["steps_per_second"]
+        results = self.metrics | facts | {"steps": self.step, "seconds": round(seconds)}
+        results |= {"steps_per_second": round(speed, 2)} | run_facts(self.device)
+        write_file(self.folder / "results.json", json.dumps(results, indent=2))
+        print("\n".join(f"{name:>20}  {value}" for name, value in results.items()))
+        print("\n".join(f"{self.folder / name}" for name in ("samples.png", "curves.png", "checkpoint.pt")))
+        return self.folder
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(args: Args) -> Path:
+    """Train, evaluate and save; returns the run folder."""
+    checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt", SCRIPT) if args.resume else None
+    args = resumed_args(args, checkpoint["args"]) if checkpoint else args
+    device = pick_device(args.device)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+    toy = args.dataset in TOYS
+    parts = [load_toy(args.dataset)] if toy else load_images(args.dataset, args.data_dir, args.eval_split)
+    data, *held = (part.to(device) for part in parts)
+    if args.batch_size > len(data):
+        fail(f"--batch-size {args.batch_size} exceeds the {len(data)} training samples of {args.dataset}")
+    run = Run(args, SCRIPT, checkpoint, device)
+    evaluation = Evaluation(args, data, held)
+
+    generator = make_generator(args.latent_dim, args.channels, toy).to(device)
+    averaged = average(generator, args.ema_decay)
+    critic = make_critic(1, args.channels, toy, spectral_norm=False, scale=1.0).to(device)
+    adam = partial(torch.optim.Adam, betas=(args.beta1, args.beta2), fused=True)
+    optimizers = {
+        "opt_generator": adam(generator.parameters(), args.lr_generator),
+        "opt_critic": adam(critic.parameters(), args.lr_critic),
+    }
+    run.hold(generator=generator, averaged=averaged, critic=critic, **optimizers)
+
+    def latent() -> Tensor:
+        return torch.randn(args.batch_size, args.latent_dim, device=device)
+
+    def update(name: str, loss: Tensor, lr: float) -> None:
+        # Learning rates stay, and in the last part of the run fall linearly to zero.
+        rate = min(1.0, (args.num_steps + 1 - run.step) / max(1.0, args.lr_decay * args.num_steps))
+        group = optimizers[name].param_groups[0]
+        group["lr"] = lr * rate
+        optimizers[name].zero_grad()
+        loss.backward(inputs=group["params"])  # the generator's loss leaves the critic's weights alone
+        optimizers[name].step()
+
+    @torch.no_grad()
+    def distances(samples: Tensor) -> dict:
+        # The critic's estimate and the exact distance, of which w1_floor is left between samples of data.
+        real, others = data[: len(samples)], data[-len(samples) :]
+        w1 = {"w1_critic": wasserstein_estimate(critic(data[:10_000]), critic(samples)).item()}
+        w1["w1_exact"] = exact_wasserstein(real, samples)
+        return w1 | {"w1_floor": exact_wasserstein(real, others)}
+
+    def evaluate() -> dict:
+        count = max(evaluation.count, 2500 if toy else 100)
+        samples = draw_samples(averaged, args.latent_dim, count, args.seed, device)
+        for name in (f"samples_{run.step:06d}.png", "samples.png"):
+            save_picture(run.folder / name, samples, data)
+        metrics = evaluation(samples)
+        if toy and evaluation.count:
+            metrics |= distances(samples[: min(evaluation.count, W1_SAMPLES)])
+        return metrics
+
+    scalars = {}  # of a lazy penalty the last one stays
+    for _ in run.steps():
+        # The critic maximises  E f(x) - E f(y)  under its bound on the slope.
+        for i in range(args.critic_steps):
+            real = draw_batch(data, args.batch_size)
+            with torch.no_grad():
+                fake = generator(latent())
+            f_real, f_fake = critic(torch.cat((real, fake))).chunk(2)
+            w1 = scalars["w1_batch"] = wasserstein_estimate(f_real, f_fake)
+            loss = -w1
+            if args.lipschitz == "gp" and ((run.step - 1) * args.critic_steps + i) % args.penalty_every == 0:
+                penalty, slope = slope_penalty(critic, between(real, fake), args.one_sided)
+                loss = loss + args.penalty_weight * args.penalty_every * penalty
+                scalars |= {"gradient_penalty": penalty, "slope": slope}
+            update("opt_critic", loss, args.lr_critic)
+            if args.lipschitz == "clip":
+                clip_weights(critic, args.clip)
+
+        # The generator minimises it: -E f(y).
+        loss = -critic(generator(latent())).mean()
+        update("opt_generator", loss, args.lr_generator)
+        averaged.update_parameters(generator)
+
+        if run.due(args.log_every) or run.due(args.eval_every):
+            run.log({"loss_generator": loss} | scalars, evaluate)
+    return run.finish(evaluation.facts)
+
+
+def generate(args: Args) -> Path:
+    """Samples of a checkpoint, as a folder of PNG files or, for a toy, of samples.npy (n, 2); returns it."""
+    if not args.checkpoint or not args.out:
+        fail("--generate needs --checkpoint runs/<run>/checkpoint.pt and --out <new folder>")
+    out, checkpoint = Path(args.out), load_checkpoint(Path(args.checkpoint), SCRIPT)
+    if out.exists():
+        fail(f"--out {out} exists; name a new folder")
+    device, made = pick_device(args.device), Args(**checkpoint["args"])
+    averaged = average(make_generator(made.latent_dim, made.channels, made.dataset in TOYS), made.ema_decay)
+    averaged.load_state_dict(checkpoint["averaged"])
+    samples = draw_samples(averaged.to(device), made.latent_dim, args.generate, args.seed, device).cpu()
+    beside = out.with_name(out.name + ".tmp")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        if samples.dim() == 2:
+            np.save(beside / "samples.npy", samples.numpy())
+        else:
+            pixels = ((samples.squeeze(1) + 1) * 127.5).round().to(torch.uint8).numpy()
+            for i, image in enumerate(tqdm(pixels, desc=str(out), disable=None)):
+                Image.fromarray(image).save(beside / f"{i:06d}.png")
+        os.replace(beside, out)
+    except OSError as error:
+        fail(f"cannot write --out {out} ({error.strerror}); name a place where you may write")
+    print(f"{args.generate} samples in {out}")
+    return out
+
+
+def main(args: Args) -> Path:
+    """Train, or sample with --generate; returns the folder that was written."""
+    return generate(args) if args.generate else train(args)
+
+
+if __name__ == "__main__":
+    try:
+        args = tyro.cli(Args)
+    except ValueError as error:  # later versions of tyro show it themselves
+        fail(str(error))
+    main(args)
