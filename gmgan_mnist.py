@@ -10,6 +10,7 @@
 #     "matplotlib>=3.8",
 #     "scikit-learn>=1.4",
 # ]
+# ///
 """Gaussian-mixture GAN: the latent is a mixture of K Gaussians, and a component becomes a kind of image.
 
 A GAN maps one Gaussian to the data and has to tear it apart where the data are. Here the latent is
