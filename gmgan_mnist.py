@@ -386,8 +386,8 @@ def mixture_latents(means: Tensor, scales: Tensor, components: Tensor, noise: Te
     """Latents z = mu_k + L_k eps (b, d) of a Gaussian mixture, differentiable in means and scales.
 
     The latent of Ben-Yosef and Weinshall 2018. means are mu (K, d); scales are L, of shape (K, 1) for
-    covariances s_k^2 I, (K, d) for diagonal ones, (K, d, d) for L_k L_k^T; components are k (b,), uniform; noise
-    is eps (b, d), standard normal. Raises ValueError for shapes that do not fit.
+    covariances s_k^2 I, (K, d) for diagonal ones, (K, d, d) for L_k L_k^T; components are k (b,), uniform;
+    noise is eps (b, d), standard normal. Raises ValueError for shapes that do not fit.
     """
     (k, d), (b, _) = means.shape, noise.shape
     if noise.shape != (b, d) or components.shape != (b,) or scales.shape not in ((k, 1), (k, d), (k, d, d)):
@@ -430,9 +430,9 @@ def check_logits(l_real: Tensor, l_fake: Tensor) -> None:
 def zero_centred_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
     """|grad D(x_i)|^2 (b,) for logits D(x_i) (b,) of inputs x_i (b, ...), differentiable in D's weights.
 
-    Its mean over real samples is R1, over fake ones R2 (Huang et al. 2024, section 2), of which the loss takes
-    gamma / 2 each. One gradient of the sum serves all, because no logit depends on another sample: D must have
-    no batch normalisation. Raises ValueError for logits of another shape and for inputs without gradient.
+    Its mean over real samples is R1, over fake ones R2 (Huang et al. 2024, section 2), of which the loss
+    takes gamma / 2 each. One gradient of the sum serves all, because no logit depends on another sample: D
+    must have no batch normalisation. Raises ValueError for other shapes and for inputs without gradient.
     """
     if logits.shape != inputs.shape[:1] or not inputs.requires_grad:
         state = f"logits {tuple(logits.shape)}, inputs {tuple(inputs.shape)} ({inputs.requires_grad=})"
@@ -669,15 +669,16 @@ def calibrate(discriminator: nn.Sequential, real: Tensor, fake: Tensor, seed: in
     """The discriminator with a last layer whose logits (n, 1) estimate log p_data / p_g, as rejection needs.
 
     The logits of a relativistic loss mean nothing by themselves. So the last layer is trained further, as a
-    logistic regression on the frozen features of real images (n, 28, 28) uint8 that the networks have not seen
-    against as many fake ones (n, 1, 28, 28), and taken from where it did best on a fifth of both, kept apart.
-    Azadi et al. 2019 train the discriminator further for the same reason.
+    logistic regression on the frozen features of real images (n, 28, 28) uint8 that the networks have not
+    seen against as many fake ones (n, 1, 28, 28), and taken from where it did best on a fifth of both, kept
+    apart. Azadi et al. 2019 train the discriminator further for the same reason.
     """
     last = max(i for i, layer in enumerate(discriminator) if isinstance(layer, nn.Linear))
     body, head = discriminator[:last], copy.deepcopy(discriminator[last]).requires_grad_()
     with torch.no_grad():
         both = torch.stack((to_float(real), fake), 1).flatten(0, 1)  # real and fake in turn
         features = torch.cat([body(b) for b in both.split(1000)])
+        head.bias -= head(features).mean()  # the constant that means nothing
     targets = torch.tensor([1.0, 0.0], device=fake.device).repeat(len(real))[:, None]
     rng, n = torch.Generator().manual_seed(seed), 2 * max(1, len(real) // 5)
     optimizer, best = torch.optim.Adam(head.parameters(), 1e-3), (math.inf, None)
