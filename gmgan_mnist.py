@@ -59,7 +59,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 SCRIPT = "gmgan_mnist"
-STEPS = {"digits": 1500}  # other data sets: 6,000
+STEPS = {"digits": 1500}  # other data sets: 5,000
 HELD_OUT = 30  # one in so many training images is kept from the networks, to calibrate --drs with
 CLUSTER_STEPS = 1000  # updates of the classifier that clusters
 MOST_DRAWS = 100  # rejection sampling gives up after so many draws per sample
@@ -103,7 +103,7 @@ class Args:
     """run folder whose networks, not its latent, this run starts from"""
 
     num_steps: int | None = None
-    """generator updates (default: 6,000; 1,500 for digits)"""
+    """generator updates (default: 5,000; 1,500 for digits)"""
     batch_size: int = 64
     """real and fake samples in a batch"""
     latent_dim: int = 32
@@ -116,11 +116,11 @@ class Args:
     """logits of real and fake samples compared in pairs, or each with zero"""
     gamma: float = 0.2
     """half of it weighs the squared gradients of the discriminator at real samples, half at fake ones"""
-    lr_generator: float = 4e-3
+    lr_generator: float = 2e-3
     """Adam's learning rate for the generator"""
-    lr_mixture: float = 4e-3
+    lr_mixture: float = 2e-3
     """Adam's learning rate for the mixture, where it trains"""
-    lr_discriminator: float = 4e-3
+    lr_discriminator: float = 2e-3
     """Adam's learning rate for the discriminator"""
     beta1: float = 0.0
     """Adam's decay of the first moment"""
@@ -159,7 +159,7 @@ class Args:
 
     def __post_init__(self) -> None:
         if not self.resume:  # else what was not given is taken from the run
-            self.num_steps = STEPS.get(self.dataset, 6000) if self.num_steps is None else self.num_steps
+            self.num_steps = STEPS.get(self.dataset, 5000) if self.num_steps is None else self.num_steps
             self.eval_every = math.ceil(self.num_steps / 5) if self.eval_every is None else self.eval_every
         above_zero = "num_components num_steps latent_dim channels eval_every log_every"
         limits = dict.fromkeys(above_zero.split(), (1, math.inf)) | {"seed": (0, 2**32 - 1)}
