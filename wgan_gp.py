@@ -60,7 +60,7 @@ from tqdm import tqdm
 SCRIPT = "wgan_gp"
 TOYS = ("ring", "grid")
 TOY = {"num_steps": 20_000, "batch_size": 256, "latent_dim": 2, "penalty_weight": 1.0, "lr_decay": 0.4}
-IMAGES = {"num_steps": 8000, "batch_size": 64, "latent_dim": 32, "penalty_weight": 10.0, "lr_decay": 0.7}
+IMAGES = {"num_steps": 7000, "batch_size": 64, "latent_dim": 32, "penalty_weight": 10.0, "lr_decay": 0.7}
 W1_SAMPLES = 1000  # points between which the exact Wasserstein distance of the toys is taken
 DEFAULTS = {"digits": IMAGES | {"num_steps": 1500}, "ring": TOY | {"num_steps": 10_000}, "grid": TOY}
 
@@ -109,9 +109,9 @@ class Args:
     """bound on the absolute value of the critic's weights, for --lipschitz clip"""
     critic_steps: int = 1
     """critic updates per generator update"""
-    lr_generator: float = 3e-3
+    lr_generator: float = 2e-3
     """Adam's learning rate for the generator"""
-    lr_critic: float = 3e-3
+    lr_critic: float = 2e-3
     """Adam's learning rate for the critic"""
     beta1: float = 0.0
     """Adam's decay of the first moment; with 0 it is RMSprop with its bias taken out"""

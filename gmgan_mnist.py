@@ -1,0 +1,1166 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6",
+#     "torchvision>=0.21",
+#     "tyro>=1.0",
+#     "wandb>=0.30",
+#     "numpy>=1.26",
+#     "tqdm>=4.66",
+#     "matplotlib>=3.8",
+#     "scikit-learn>=1.4",
+# ]
+# ///
+"""Gaussian-mixture GAN: the latent is a mixture of K Gaussians, and a component becomes a kind of image.
+
+A GAN maps one Gaussian to the data and has to tear it apart where the data are. Here the latent is
+z = mu_k + L_k eps with k uniform and eps ~ N(0, I): means and covariances stay as drawn (--latent static) or
+train with the generator (--latent dynamic); --latent normal is the GAN of 2014 in the networks of DCGAN. A
+classifier trained on generated pairs (x, k) then clusters real images without a label. Read it beside
+    Goodfellow et al. 2014         Generative Adversarial Networks: the non-saturating loss   1406.2661
+    Radford et al. 2016            DCGAN: the convolutional networks                          1511.06434
+    Ben-Yosef and Weinshall 2018   Gaussian mixture GAN: static and dynamic latents           1808.10356
+    Azadi et al. 2019              discriminator rejection sampling: --drs                    1810.06758
+    Huang et al. 2024              R3GAN: the relativistic loss and its penalties             2501.05441
+
+    python gmgan_mnist.py                                                  # MNIST, 10 trained components
+    python gmgan_mnist.py --dataset digits                                 # no download
+    python gmgan_mnist.py --latent normal --loss non-saturating --gamma 0  # DCGAN
+    python gmgan_mnist.py --init-from runs/<run>                           # a mixture after a plain GAN
+    python gmgan_mnist.py --resume runs/<run>                              # goes on as if never stopped
+    python gmgan_mnist.py --generate 10000 --checkpoint runs/<run>/checkpoint.pt --out samples/ --drs
+"""
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+import tyro
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+SCRIPT = "gmgan_mnist"
+STEPS = {"digits": 1500}  # other data sets: 5,000
+HELD_OUT = 30  # one in so many training images is kept from the networks, to calibrate --drs with
+CLUSTER_STEPS = 1000  # updates of the classifier that clusters
+MOST_DRAWS = 100  # rejection sampling gives up after so many draws per sample
+
+
+@dataclasses.dataclass
+class Args:
+    exp_name: str = SCRIPT
+    """first part of the run folder's name"""
+    seed: int = 1
+    """seed of every random number of the run"""
+    torch_deterministic: bool = True
+    """ask torch for deterministic algorithms where it has them"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """where to train; auto takes CUDA, then MPS, then the CPU"""
+    track: bool = False
+    """log to Weights & Biases as well"""
+    wandb_project_name: str = "minimal-gans"
+    """W&B project"""
+    wandb_entity: str | None = None
+    """W&B team or user; by default your own"""
+
+    dataset: Literal["mnist", "fashion-mnist", "kmnist", "digits"] = "mnist"
+    """images; digits needs no download"""
+    data_dir: str = "data"
+    """folder of the image files in torchvision's layout; missing files are downloaded to it"""
+    eval_split: Literal["test", "validation"] = "test"
+    """what samples are compared with; validation takes the last sixth of the training images out for it"""
+
+    latent: Literal["normal", "static", "dynamic"] = "dynamic"
+    """one standard Gaussian, a mixture that stays as drawn, or one whose means and covariances train"""
+    num_components: int = 10
+    """Gaussians in the mixture, K"""
+    latent_range: float = 1.0
+    """c: the means are drawn uniformly from [-c, c]^d"""
+    sigma: float = 1.5
+    """standard deviation of each component, at first if it trains"""
+    covariance: Literal["scalar", "diagonal", "full"] = "diagonal"
+    """form of a trained component's covariance"""
+    init_from: str | None = None
+    """run folder whose networks, not its latent, this run starts from"""
+
+    num_steps: int | None = None
+    """generator updates (default: 5,000; 1,500 for digits)"""
+    batch_size: int = 64
+    """real and fake samples in a batch"""
+    latent_dim: int = 32
+    """size of the generator's input, d"""
+    arch: Literal["dcgan", "mlp"] = "dcgan"
+    """convolutional networks, or fully connected ones with hidden layers of 16 x channels"""
+    channels: int = 32
+    """channels of the image networks' 14 x 14 maps; those of 7 x 7 have twice, of 28 x 28 half as many"""
+    loss: Literal["relativistic", "non-saturating"] = "relativistic"
+    """logits of real and fake samples compared in pairs, or each with zero"""
+    gamma: float = 0.2
+    """half of it weighs the squared gradients of the discriminator at real samples, half at fake ones"""
+    lr_generator: float = 2e-3
+    """Adam's learning rate for the generator"""
+    lr_mixture: float = 2e-3
+    """Adam's learning rate for the mixture, where it trains"""
+    lr_discriminator: float = 2e-3
+    """Adam's learning rate for the discriminator"""
+    beta1: float = 0.0
+    """Adam's decay of the first moment"""
+    lr_decay: float = 0.7
+    """last share of the run, over which the learning rates fall to zero"""
+    ema_decay: float = 0.999
+    """decay per step of the averaged generator and mixture, which draw the samples"""
+
+    num_eval_samples: int = 10_000
+    """samples drawn for an evaluation; 0 switches evaluation off, and clustering"""
+    eval_every: int | None = None
+    """steps between evaluations, pictures and checkpoints (default: a fifth of the run)"""
+    log_every: int = 100
+    """steps between lines of metrics.jsonl"""
+    run_dir: str = "runs"
+    """folder in which run folders are made"""
+    resume: str | None = None
+    """run folder to go on with"""
+
+    generate: int = 0
+    """draw this many samples from --checkpoint into the new folder --out, instead of training"""
+    checkpoint: str | None = None
+    """a run's checkpoint.pt, for --generate"""
+    out: str | None = None
+    """folder for --generate"""
+    truncation: float = 1.0
+    """factor on the components' standard deviations, for --generate"""
+    component: int | None = None
+    """draw from this component alone, 0 to K - 1, for --generate"""
+    drs: bool = False
+    """reject samples that the discriminator, calibrated first, finds too likely fake, for --generate"""
+    drs_percentile: float = 50.0
+    """share in percent of the samples whose chance to be accepted is below a half, for --drs"""
+    measure: bool = False
+    """measure the samples of --generate on the run's evaluation images, into metrics.json beside them"""
+
+    def __post_init__(self) -> None:
+        if not self.resume:  # else what was not given is taken from the run
+            self.num_steps = STEPS.get(self.dataset, 5000) if self.num_steps is None else self.num_steps
+            self.eval_every = math.ceil(self.num_steps / 5) if self.eval_every is None else self.eval_every
+        above_zero = "num_components num_steps latent_dim channels eval_every log_every"
+        limits = dict.fromkeys(above_zero.split(), (1, math.inf)) | {"seed": (0, 2**32 - 1)}
+        limits |= dict.fromkeys(("lr_generator", "lr_mixture", "lr_discriminator", "sigma"), (1e-12, 1e38))
+        limits |= dict.fromkeys(("ema_decay", "lr_decay"), (0, 1)) | {"beta1": (0, 0.999999)}
+        not_negative = "latent_range gamma generate num_eval_samples truncation component"
+        limits |= dict.fromkeys(not_negative.split(), (0, 1e38)) | {"drs_percentile": (0, 100)}
+        for name, (low, high) in limits.items():
+            value, option = getattr(self, name), "--" + name.replace("_", "-")
+            if value is not None and not low <= value <= high:
+                bounded = f"in [{low}, {high}]" if high < 1e38 else "finite and at least 0"
+                wanted = "positive" if low > 0 else bounded
+                raise ValueError(f"{option} must be {wanted}, not {value}")
+        if 0 < self.num_eval_samples < 10:
+            raise ValueError(f"--num-eval-samples must be 0 or at least 10, not {self.num_eval_samples}")
+        if self.batch_size < 2:
+            raise ValueError(f"--batch-size must be at least 2, not {self.batch_size}")
+        if (self.drs or self.measure) and not self.generate:
+            raise ValueError("--drs and --measure are for samples: give --generate as well")
+        if self.measure and min(self.generate, self.num_eval_samples) < 10:
+            few = f"--generate {self.generate} and --num-eval-samples {self.num_eval_samples}"
+            raise ValueError(f"--measure needs at least 10 samples, not {few}")
+
+
+def fail(message: str) -> NoReturn:
+    """Say in one line what is wrong and what to do about it, and leave with exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_images(dataset: str, data_dir: str, eval_split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training and evaluation images (n, 28, 28) uint8 and labels (n,) int64: x, y, x_eval, y_eval.
+
+    `digits` is scikit-learn's 1,797 digits of 8 x 8, enlarged; the others are read in torchvision's layout,
+    and downloaded if they are not there. With eval_split "validation" the last sixth of the training images
+    is the evaluation part, and the test images are not touched.
+    """
+    if dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
+        images = F.interpolate(images, size=28, mode="bilinear").squeeze(1).round().to(torch.uint8)
+        # The file is in the order of its writers; mix them, always in the same way.
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
+        images, labels = images[order], torch.from_numpy(labels).long()[order]
+        parts = [images[:1437], labels[:1437], images[1437:], labels[1437:]]
+    else:
+        name = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}[dataset]
+        raw = Path(data_dir) / name / "raw"
+        files = [f"{a}-{b}-ubyte" for a in ("train", "t10k") for b in ("images-idx3", "labels-idx1")]
+        present = all((raw / file).is_file() for file in files)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                make = getattr(torchvision.datasets, name)
+                sets = [make(data_dir, train=train, download=not present) for train in (True, False)]
+            parts = [v for s in sets for v in (s.data, s.targets.long())]
+            for images, labels in (parts[:2], parts[2:]):
+                if images.shape != (len(labels), 28, 28) or not len(labels) or labels.max() > 9:
+                    raise ValueError(f"images {tuple(images.shape)}, labels {tuple(labels.shape)}")
+        except Exception as error:
+            if present:
+                fail(f"{raw} holds damaged files ({error!r:.200}); delete them to download {dataset} again")
+            fail(
+                f"{dataset} is not in {raw} and cannot be downloaded ({error!s:.200}); put its IDX files "
+                "there, name their place with --data-dir, or take --dataset digits, which needs no download"
+            )
+    x, y, x_eval, y_eval = parts
+    if eval_split == "validation":
+        n = len(x) * 5 // 6
+        x, y, x_eval, y_eval = x[:n], y[:n], x[n:], y[n:]
+    return x, y, x_eval, y_eval
+
+
+def toy_modes(dataset: str) -> tuple[Tensor, float]:
+    """Means (k, 2) and standard deviation of a 2-D mixture, as in VEEGAN (2017) and PacGAN (2018)."""
+    if dataset == "ring":
+        angle = torch.arange(8) * (math.pi / 4)
+        return torch.stack((angle.cos(), angle.sin()), 1), 0.01
+    axis = torch.arange(-4.0, 5.0, 2.0)
+    return torch.cartesian_prod(axis, axis), 0.05
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images (n, 28, 28) as floats (n, 1, 28, 28) in [-1, 1]."""
+    return images.unsqueeze(1).float() / 127.5 - 1
+
+
+def draw_batch(data: Tensor, batch_size: int) -> Tensor:
+    """A batch drawn with replacement: images (b, 1, 28, 28) in [-1, 1], or points (b, 2)."""
+    batch = data[torch.randint(len(data), (batch_size,), device=data.device)]
+    return to_float(batch) if batch.dtype == torch.uint8 else batch
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Networks
+
+
+def make_generator(latent_dim: int, channels: int, toy: bool) -> nn.Sequential:
+    """Latent (b, latent_dim) to image (b, 1, 28, 28) in [-1, 1], or to point (b, 2)."""
+    if toy:
+        return nn.Sequential(
+            *(nn.Linear(latent_dim, 128), nn.ReLU()),
+            *(nn.Linear(128, 128), nn.ReLU()),
+            *(nn.Linear(128, 128), nn.ReLU()),
+            nn.Linear(128, 2),
+        )
+    c, half = channels, max(1, channels // 2)
+    return nn.Sequential(
+        *(nn.Linear(latent_dim, 2 * c * 49, bias=False), nn.Unflatten(1, (2 * c, 7, 7))),
+        *(nn.BatchNorm2d(2 * c), nn.ReLU()),
+        *(nn.Conv2d(2 * c, 2 * c, 3, 1, 1, bias=False), nn.BatchNorm2d(2 * c), nn.ReLU()),
+        *(nn.ConvTranspose2d(2 * c, c, 4, 2, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()),
+        *(nn.ConvTranspose2d(c, half, 4, 2, 1, bias=False), nn.BatchNorm2d(half), nn.ReLU()),
+        *(nn.Conv2d(half, 1, 3, 1, 1), nn.Tanh()),
+    ).to(memory_format=torch.channels_last)  # half the time of a step on a CPU
+
+
+class Affine(nn.Module):
+    """factor * x + shift, with two constants."""
+
+    def __init__(self, factor: float, shift: float = 0.0):
+        super().__init__()
+        self.factor, self.shift = factor, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x + self.shift
+
+
+def make_critic(feature_dim: int, channels: int, toy: bool, spectral_norm: bool, scale: float) -> nn.Module:
+    """Image (b, 1, 28, 28) or point (b, 2) to features (b, feature_dim)."""
+    sn = nn.utils.parametrizations.spectral_norm if spectral_norm else nn.Identity()
+    c, act = channels, nn.LeakyReLU(0.2)
+    if toy:
+        return nn.Sequential(
+            *(sn(nn.Linear(2, 128)), act),
+            *(sn(nn.Linear(128, 128)), act),
+            *(sn(nn.Linear(128, 128)), act),
+            *(sn(nn.Linear(128, feature_dim)), Affine(scale)),
+        )
+    return nn.Sequential(
+        Affine(1.0, 1.0),  # black becomes the 0 with which convolutions pad; or else they see a grey frame
+        *(sn(nn.Conv2d(1, c, 4, 2, 1)), act),
+        *(sn(nn.Conv2d(c, 2 * c, 4, 2, 1)), act),
+        *(sn(nn.Conv2d(2 * c, 2 * c, 3, 1, 1)), act),
+        *(nn.Flatten(), sn(nn.Linear(2 * c * 49, feature_dim)), Affine(scale)),
+    ).to(memory_format=torch.channels_last)
+
+
+def make_networks(args) -> tuple[nn.Sequential, nn.Sequential]:
+    """Generator, latents (b, latent_dim) to images (b, 1, 28, 28), and discriminator, images to (b, 1)."""
+    if args.arch == "dcgan":
+        generator = make_generator(args.latent_dim, args.channels, False)
+        return generator, make_critic(1, args.channels, False, False, 1.0)
+    width = 16 * args.channels
+    generator = nn.Sequential(
+        *(nn.Linear(args.latent_dim, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()),
+        *(nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()),
+        *(nn.Linear(width, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28))),
+    )
+    discriminator = nn.Sequential(
+        *(nn.Flatten(), nn.Linear(784, width), nn.LeakyReLU(0.2)),
+        *(nn.Linear(width, width), nn.LeakyReLU(0.2), nn.Linear(width, 1)),
+    )
+    return generator, discriminator
+
+
+class Mixture(nn.Module):
+    """K Gaussians of equal weight with means (K, d), at first with covariances sigma^2 I.
+
+    The scales are kept as logarithms, so that no step makes one negative: one for a component ("scalar"), one
+    for each of its coordinates ("diagonal"), or those on the diagonal of a lower triangle ("full").
+    """
+
+    def __init__(self, means: Tensor, sigma: float, covariance: str, trained: bool):
+        super().__init__()
+        k, d = means.shape
+        shape = {"scalar": (k, 1), "diagonal": (k, d), "full": (k, d, d)}[covariance]
+        log_scales = torch.full(shape, math.log(sigma))
+        log_scales = log_scales.tril().triu() if covariance == "full" else log_scales
+        for name, value in (("means", means), ("log_scales", log_scales)):
+            if trained:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+
+    def forward(self, components: Tensor, noise: Tensor) -> Tensor:
+        """Latents (b, d) of components (b,), from noise (b, d)."""
+        scales = self.log_scales
+        if scales.dim() == 3:
+            scales = scales.tril(-1) + scales.diagonal(dim1=1, dim2=2).exp().diag_embed()
+        else:
+            scales = scales.exp()
+        return mixture_latents(self.means, scales, components, noise)
+
+
+def make_mixture(args) -> Mixture:
+    """The latent distribution of a run; the normal one is a mixture of one, which stays as it is."""
+    if args.latent == "normal":
+        return Mixture(torch.zeros(1, args.latent_dim), 1.0, "scalar", False)
+    means = args.latent_range * (2 * torch.rand(args.num_components, args.latent_dim) - 1)
+    return Mixture(means, args.sigma, args.covariance, args.latent == "dynamic")
+
+
+def average(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of a model and its buffers, with a shorter memory in the first steps."""
+
+    def update(averages: list, values: list, count: Tensor) -> None:
+        if averages[0].is_floating_point():  # a list holds one dtype; batch normalisation's counters stay
+            torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def mixture_latents(means: Tensor, scales: Tensor, components: Tensor, noise: Tensor) -> Tensor:
+    """Latents z = mu_k + L_k eps (b, d) of a Gaussian mixture, differentiable in means and scales.
+
+    The latent of Ben-Yosef and Weinshall 2018. means are mu (K, d); scales are L, of shape (K, 1) for
+    covariances s_k^2 I, (K, d) for diagonal ones, (K, d, d) for L_k L_k^T; components are k (b,), uniform;
+    noise is eps (b, d), standard normal. Raises ValueError for shapes that do not fit.
+    """
+    (k, d), (b, _) = means.shape, noise.shape
+    if noise.shape != (b, d) or components.shape != (b,) or scales.shape not in ((k, 1), (k, d), (k, d, d)):
+        shapes = ", ".join(str(tuple(v.shape)) for v in (means, scales, components, noise))
+        raise ValueError(f"means, scales, components and noise do not fit: {shapes}")
+    scale = scales[components]
+    moved = (scale @ noise.unsqueeze(2)).squeeze(2) if scale.dim() == 3 else scale * noise
+    return means[components] + moved
+
+
+def non_saturating_losses(l_real: Tensor, l_fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses of discriminator and generator, scalars, for logits (b,) of real and of fake samples.
+
+    Goodfellow et al. 2014, eq. 1, with D = sigmoid(l): the discriminator minimises -log D(x) and
+    -log(1 - D(G(z))); the generator -log D(G(z)), which keeps its gradient where the discriminator wins.
+    Raises ValueError for logits of two shapes.
+    """
+    check_logits(l_real, l_fake)
+    return F.softplus(-l_real).mean() + F.softplus(l_fake).mean(), F.softplus(-l_fake).mean()
+
+
+def relativistic_losses(l_real: Tensor, l_fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses of discriminator and generator, scalars, for logits (b,) of real and of fake samples in pairs.
+
+    Huang et al. 2024, section 2: softplus(l_fake - l_real) for the discriminator, softplus(l_real - l_fake)
+    for the generator. Only differences count: a logit by itself means nothing.
+    Raises ValueError for logits of two shapes.
+    """
+    check_logits(l_real, l_fake)
+    return F.softplus(l_fake - l_real).mean(), F.softplus(l_real - l_fake).mean()
+
+
+def check_logits(l_real: Tensor, l_fake: Tensor) -> None:
+    """Raise ValueError unless both are (b,) with one b: (b,) and (b, 1) would make b x b pairs."""
+    if l_real.dim() != 1 or l_real.shape != l_fake.shape:
+        shapes = f"{tuple(l_real.shape)} and {tuple(l_fake.shape)}"
+        raise ValueError(f"logits of real and fake samples must both be (b,), not {shapes}")
+
+
+def zero_centred_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
+    """|grad D(x_i)|^2 (b,) for logits D(x_i) (b,) of inputs x_i (b, ...), differentiable in D's weights.
+
+    Its mean over real samples is R1, over fake ones R2 (Huang et al. 2024, section 2), of which the loss
+    takes gamma / 2 each. One gradient of the sum serves all, because no logit depends on another sample: D
+    must have no batch normalisation. Raises ValueError for other shapes and for inputs without gradient.
+    """
+    if logits.shape != inputs.shape[:1] or not inputs.requires_grad:
+        state = f"logits {tuple(logits.shape)}, inputs {tuple(inputs.shape)} ({inputs.requires_grad=})"
+        raise ValueError(f"logits must be (b,) and inputs (b, ...) with requires_grad, not {state}")
+    (grad,) = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
+    return grad.flatten(1).square().sum(1)
+
+
+def drs_scores(logits: Tensor, top: float, eps: float = 1e-8) -> Tensor:
+    """F(x) = l - l_max - log(1 - exp(l - l_max - eps)) (n,) for logits l (n,), without its constant gamma.
+
+    Azadi et al. 2019, section 3.2. If l = log p_data(x) / p_g(x) then sigmoid(F) = exp(l - l_max), with which
+    rejection turns p_g into p_data. top is l_max, the largest logit so far; eps keeps F finite there. Raises
+    ValueError for a logit above top.
+    """
+    if bool((logits > top).any()):
+        raise ValueError(f"a logit of {logits.max().item()} exceeds the largest one, {top}")
+    return logits - top - (-torch.expm1(logits - top - eps)).log()
+
+
+def drs_acceptance(logits: Tensor, top: float, gamma: float = 0.0, eps: float = 1e-8) -> Tensor:
+    """Chances sigmoid(F(x) - gamma) (n,) that samples with these logits (n,) are accepted.
+
+    Azadi et al. 2019, section 3.2; arguments and errors as in drs_scores. A lower gamma accepts more of them.
+    """
+    return torch.sigmoid(drs_scores(logits, top, eps) - gamma)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+class Judge(nn.Module):
+    """The classifier in whose 128 features images are compared."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(1, 32, 5, 2, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.Conv2d(32, 64, 5, 2, 2, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(64 * 49, 128), nn.ReLU()),
+        )
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (b, 128) and class logits (b, 10) of images (b, 1, 28, 28) in [-1, 1]."""
+        features = self.body(images)
+        return features, self.head(features)
+
+
+def train_judge(images: Tensor, labels: Tensor, epochs: int = 4, batch_size: int = 128) -> Judge:
+    """A judge trained on images (n, 28, 28) uint8 and labels (n,), from seed 0; leaves torch's alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        judge = Judge().to(images.device)
+        optimizer = torch.optim.Adam(judge.parameters())
+        steps = epochs * math.ceil(len(images) / batch_size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+        for _ in range(epochs):
+            for index in torch.randperm(len(images), device=images.device).split(batch_size):
+                loss = F.cross_entropy(judge(to_float(images[index]))[1], labels[index], label_smoothing=0.05)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return judge.eval().requires_grad_(False)
+
+
+def load_judge(args, images: Tensor, labels: Tensor) -> tuple[Judge, str]:
+    """The judge of these training images, from --run-dir if it is there, and the hash of its weights."""
+    data = hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()[:12]
+    path = Path(args.run_dir) / f"judge__{args.dataset}__{data}.pt"
+    judge = Judge().to(images.device).eval().requires_grad_(False)
+    try:
+        judge.load_state_dict(torch.load(path, map_location=images.device, weights_only=True))
+    except Exception:  # not there yet, or damaged
+        print(f"training the judge of the images, once; it is kept in {path}", flush=True)
+        judge = train_judge(images, labels)
+        write_file(path, judge.state_dict())
+    weights = b"".join(v.cpu().numpy().tobytes() for v in judge.state_dict().values())
+    return judge, hashlib.sha256(weights).hexdigest()[:12]
+
+
+def judge_images(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and logits of images, uint8 (n, 28, 28) or float (n, 1, 28, 28), in blocks of 1,000."""
+    blocks = [judge(to_float(b) if b.dtype == torch.uint8 else b) for b in images.split(1000)]
+    return torch.cat([f for f, _ in blocks]), torch.cat([z for _, z in blocks])
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Frechet distance of Gaussians fitted to features x (n, d) and y (m, d) (Heusel et al. 2017, eq. 6)."""
+    x, y = x.cpu().double(), y.cpu().double()  # MPS has no float64
+    if not (x.isfinite().all() and y.isfinite().all()):
+        return math.nan  # some LAPACKs crash on it
+    cov_x, cov_y = x.T.cov(), y.T.cov()
+    root = torch.linalg.eigvals(cov_x @ cov_y).real.clamp(min=0).sqrt().sum()  # trace of (cov_x cov_y)^(1/2)
+    return ((x.mean(0) - y.mean(0)).square().sum() + cov_x.trace() + cov_y.trace() - 2 * root).item()
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """Precision and recall of features fake (m, d) for real (n, d) (Kynkaanniemi et al. 2019, eq. 1-3): the
+    share of each set in reach of the other, where a point reaches as far as its k-th neighbour in its set."""
+
+    def share_within(points: Tensor, others: Tensor) -> float:
+        reach = torch.cat([torch.cdist(b, others).kthvalue(k + 1).values for b in others.split(1000)])
+        within = [(torch.cdist(b, others) <= reach).any(1) for b in points.split(1000)]
+        return torch.cat(within).float().mean().item()
+
+    return share_within(fake, real), share_within(real, fake)
+
+
+def image_metrics(judge: Judge, fake: Tensor, real: Tensor, labels: Tensor) -> dict:
+    """Metrics of images fake (m, ...) against real (n, 28, 28) and the classes labels (l,), by the judge."""
+    f_fake, logits = judge_images(judge, fake)
+    f_real, _ = judge_images(judge, real)
+    precision, recall = precision_recall(f_real, f_fake)
+    shares, target = (c.cpu().bincount(minlength=10) / len(c) for c in (logits.argmax(1), labels))
+    kl = torch.xlogy(shares, shares / target).sum().item()
+    metrics = {"fid": frechet_distance(f_real, f_fake), "precision": precision, "recall": recall}
+    return metrics | {"class_kl": kl, "class_shares": [round(s, 4) for s in shares.tolist()]}
+
+
+def toy_metrics(samples: Tensor, modes: Tensor, std: float) -> dict:
+    """Of samples (n, 2) and a mixture's modes (k, 2): modes covered, share of samples of high quality (within
+    3 std of the nearest mode), and the KL divergence of the modes' shares, by nearest mode, from uniform."""
+    distance, nearest = torch.cdist(samples, modes).min(1)
+    good = distance <= 3 * std
+    shares = nearest.bincount(minlength=len(modes)) / len(samples)
+    kl = torch.xlogy(shares, shares * len(modes)).sum().item()
+    return {"modes": len(nearest[good].unique()), "high_quality": good.float().mean().item(), "mode_kl": kl}
+
+
+class Evaluation:
+    """Measures samples: points by a toy's modes, images by the judge against images that are held out.
+
+    `data` are the training samples, `held` their labels and the images (n, 28, 28) and labels of the other
+    part; `facts` says of results.json which judge it was, and its metrics for training images: the floor.
+    """
+
+    def __init__(self, args, data: Tensor, held: list[Tensor]):
+        self.modes = toy_modes(args.dataset) if not held else None
+        self.count, self.facts = args.num_eval_samples, {}
+        if held and self.count:
+            labels, x, y = held
+            self.count = min(self.count, len(x))
+            self.judge, judge_hash = load_judge(args, data, labels)
+            self.images, self.labels = x[: self.count], y
+            hits = judge_images(self.judge, self.images)[1].argmax(1) == y[: self.count]
+            self.facts = {"judge": judge_hash, "judge_accuracy": hits.float().mean().item()}
+            floor = self(data[: self.count])
+            self.facts |= {"num_eval": self.count} | {f"floor_{name}": v for name, v in floor.items()}
+            print(f"floor of fid, training against {args.eval_split} images: {floor['fid']:.3f}", flush=True)
+
+    def __call__(self, samples: Tensor) -> dict:
+        """Metrics of images (n, ...) or points (n, 2), of which the first num_eval_samples count."""
+        if not self.count:
+            return {}
+        if self.modes:
+            return toy_metrics(samples[: self.count].cpu(), *self.modes)
+        return image_metrics(self.judge, samples[: self.count], self.images, self.labels)
+
+
+@torch.no_grad()
+def draw_mixture_samples(
+    generator: nn.Module,
+    mixture: AveragedModel,
+    count: int,
+    rng: torch.Generator,
+    truncation: float = 1.0,
+    component: int | None = None,
+) -> Tensor:
+    """Samples (count, 1, 28, 28) of a generator in evaluation mode, of one component or all of them.
+
+    The latents come from rng, on the CPU; truncation is a factor on their distance to the means.
+    """
+    (k, d), device = mixture.module.means.shape, mixture.module.means.device
+    components = torch.randint(k, (count,), generator=rng)
+    components = components if component is None else torch.full_like(components, component)
+    noise = truncation * torch.randn(count, d, generator=rng)
+    latents = mixture(components.to(device), noise.to(device))
+    return torch.cat([generator.eval()(z) for z in latents.split(1000)])
+
+
+def save_components(path: Path, generator: nn.Module, mixture: AveragedModel, seed: int) -> None:
+    """A PNG with a row of ten samples for each component; the images of a column share their noise."""
+    draw = partial(draw_mixture_samples, generator, mixture, 10)
+    rngs = [torch.Generator().manual_seed(seed) for _ in mixture.module.means]
+    rows = torch.cat([draw(rng, component=k) for k, rng in enumerate(rngs)])
+    torchvision.utils.save_image((rows + 1) / 2, buffer := io.BytesIO(), format="png", nrow=10)
+    write_file(path, buffer.getvalue())
+
+
+def cluster_images(
+    generator: nn.Module, mixture: AveragedModel, images: Tensor, seed: int, batch_size: int = 128
+) -> Tensor:
+    """Components (n,) of images (n, 28, 28) uint8, by a classifier trained on generated pairs (x, k).
+
+    Ben-Yosef and Weinshall 2018; no label is seen. Leaves torch's random state alone.
+    """
+    (k, d), device = mixture.module.means.shape, images.device
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        classifier = Judge()
+        classifier.head = nn.Linear(128, k)
+        optimizer = torch.optim.Adam(classifier.to(device).parameters())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, CLUSTER_STEPS)
+        for _ in range(CLUSTER_STEPS):
+            components = torch.randint(k, (batch_size,), device=device)
+            with torch.no_grad():
+                x = generator.eval()(mixture(components, torch.randn(batch_size, d, device=device)))
+            loss = F.cross_entropy(classifier(x)[1], components)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return judge_images(classifier.eval().requires_grad_(False), images)[1].argmax(1)
+
+
+def cluster_scores(labels: Tensor, found: Tensor) -> tuple[float, float]:
+    """Accuracy of clusters found (n,) for labels (n,) after the best matching of clusters to classes, each to
+    at most one, and their normalised mutual information 2 I(y; k) / (H(y) + H(k))."""
+    from scipy.optimize import linear_sum_assignment
+
+    labels, found = labels.cpu(), found.cpu()
+    c, k = int(labels.max()) + 1, int(found.max()) + 1
+    table = (labels * k + found).bincount(minlength=c * k).view(c, k).double() / len(labels)
+    matched = table[linear_sum_assignment(table, maximize=True)].sum().item()
+    entropy_y, entropy_k, entropy = (-torch.xlogy(p, p).sum() for p in (table.sum(1), table.sum(0), table))
+    total = (entropy_y + entropy_k).item()
+    return matched, (2 * (total - entropy) / total).item() if total else 1.0
+
+
+def calibrate(discriminator: nn.Sequential, real: Tensor, fake: Tensor, seed: int) -> nn.Sequential:
+    """The discriminator with a last layer whose logits (n, 1) estimate log p_data / p_g, as rejection needs.
+
+    The logits of a relativistic loss mean nothing by themselves. So the last layer is trained further, as a
+    logistic regression on the frozen features of real images (n, 28, 28) uint8 that the networks have not
+    seen against as many fake ones (n, 1, 28, 28), and taken from where it did best on a fifth of both, kept
+    apart. Azadi et al. 2019 train the discriminator further for the same reason.
+    """
+    last = max(i for i, layer in enumerate(discriminator) if isinstance(layer, nn.Linear))
+    body, head = discriminator[:last], copy.deepcopy(discriminator[last]).requires_grad_()
+    with torch.no_grad():
+        both = torch.stack((to_float(real), fake), 1).flatten(0, 1)  # real and fake in turn
+        features = torch.cat([body(b) for b in both.split(1000)])
+        head.bias -= head(features).mean()  # the constant that means nothing
+    targets = torch.tensor([1.0, 0.0], device=fake.device).repeat(len(real))[:, None]
+    rng, n = torch.Generator().manual_seed(seed), 2 * max(1, len(real) // 5)
+    optimizer, best = torch.optim.Adam(head.parameters(), 1e-3), (math.inf, None)
+    for _ in range(30):
+        for index in (n + torch.randperm(len(features) - n, generator=rng)).to(fake.device).split(256):
+            loss = F.binary_cross_entropy_with_logits(head(features[index]), targets[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            held = F.binary_cross_entropy_with_logits(head(features[:n]), targets[:n]).item()
+        best = min(best, (held, copy.deepcopy(head)), key=lambda pair: pair[0])
+    print(f"calibrated discriminator: cross-entropy {best[0]:.3f} on held-out images, 0.693 is chance")
+    return nn.Sequential(*body, best[1] or head)
+
+
+@torch.no_grad()
+def reject_samples(
+    draw: Callable, discriminator: nn.Module, count: int, percentile: float, rng: torch.Generator
+) -> tuple[Tensor, float]:
+    """Samples (count, ...) of draw(n) -> (n, ...) that rejection accepts, and the share of those it accepts.
+
+    Azadi et al. 2019, algorithm 1: l_max is the largest logit so far, of a first thousand samples to begin
+    with, and gamma a percentile of F over each batch. Leaves with one line after MOST_DRAWS * count draws.
+    """
+    batch, kept, accepted, drawn = 1000, [], 0, 0
+    top = discriminator(draw(batch)).max().item()
+    while accepted < count:
+        if drawn >= max(MOST_DRAWS * count, batch):
+            fail(f"--drs accepted {accepted} samples of {drawn}, not {count}; lower --drs-percentile")
+        samples = draw(batch)
+        logits = discriminator(samples).squeeze(1).cpu().double()
+        top = max(top, logits.max().item())
+        gamma = torch.quantile(drs_scores(logits, top), percentile / 100)
+        accept = torch.rand(batch, generator=rng) < drs_acceptance(logits, top, gamma)
+        kept.append(samples[accept.to(samples.device)])
+        accepted, drawn = accepted + int(accept.sum()), drawn + batch
+    return torch.cat(kept)[:count], accepted / drawn
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Run folder and tracking
+
+
+def write_file(path: Path, content: str | bytes | dict) -> None:
+    """Write text, bytes or, by torch.save, a state beside the file and rename: nobody sees half a file."""
+    if isinstance(content, dict):
+        torch.save(content, buffer := io.BytesIO())
+        content = buffer.getvalue()
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(beside, path)
+
+
+def load_checkpoint(path: Path, script: str) -> dict:
+    """A checkpoint of this script, on the CPU. Code in it is not run; what is wrong is said in one line."""
+    if not path.is_file():
+        fail(f"there is no checkpoint {path}; a run folder that was saved holds a checkpoint.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        fail(f"checkpoint {path} is damaged, or holds code, which is never run ({error!r:.80})")
+    if not isinstance(state, dict) or state.get("script") != script:
+        other = state.get("script") if isinstance(state, dict) else None
+        fail(f"checkpoint {path} comes from {other or 'another program'}, not from {script}")
+    if missing := {"args", "step", "seconds", "rng", "averaged"} - state.keys():
+        fail(f"checkpoint {path} is damaged: it has no {', '.join(sorted(missing))}")
+    return state
+
+
+def resumed_args(args, saved: dict):
+    """The saved arguments, updated by the options that were given and that a resumed run may change."""
+    free = "num_steps eval_every log_every num_eval_samples device track data_dir run_dir resume"
+    default = {field.name: field.default for field in dataclasses.fields(args)}
+    typed = {a.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for a in sys.argv[1:]}
+    given = {k: v for k, v in vars(args).items() if v != default[k] or k in typed}
+    for name in given.keys() - {*free.split(), "wandb_project_name", "wandb_entity"}:
+        if given[name] != saved[name]:
+            fail(f"--{name.replace('_', '-')} {given[name]}: the run has {saved[name]}, and must keep it")
+    near = str(Path(args.resume).resolve().parent)  # a run may have been moved
+    return type(args)(**{**saved, "track": False, "device": "auto", "run_dir": near, **given})
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; auto is the best there is."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(d for d in there if there[d]) if name == "auto" else name
+    if not there[name]:
+        fail(f"--device {name}: torch {torch.__version__} finds no such device; use --device cpu or auto")
+    return torch.device(name)
+
+
+def check_wandb() -> None:
+    """Leave with one line unless W&B is installed and either logged in to or offline."""
+    try:
+        import wandb
+    except ImportError:
+        fail("--track needs wandb: pip install wandb")
+    online = os.environ.get("WANDB_MODE", wandb.setup().settings.mode) == "online"
+    if online and not wandb.login(prompt=False, verify=False):
+        fail("--track: you are not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
+
+
+def start_wandb(args, name: str, run_id: str | None):
+    """A W&B run, going on with run_id if given; an offline one if W&B is out of reach."""
+    import wandb
+
+    options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": run_id}
+    options |= {"resume": "allow", "config": vars(args), "dir": args.run_dir}
+    try:
+        return wandb.init(**options)
+    except Exception as error:
+        offline = "logging offline, `wandb sync` sends it later"
+        print(f"W&B is out of reach ({error!s:.200}); {offline}", file=sys.stderr)
+        return wandb.init(**options, mode="offline")
+
+
+def plot_curves(folder: Path) -> None:
+    """curves.png: every scalar of metrics.jsonl against the step; none of a run stopped before its first."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if not rows:
+        return
+    names = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list))
+    names.pop("step")
+    figure = Figure(figsize=(14, 2.6 * math.ceil(len(names) / 4)), layout="constrained")
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(math.ceil(len(names) / 4), 4, place + 1, title=name, xlabel="step")
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points), marker="o" if len(points) < 20 else None, markersize=3)
+        axes.grid(alpha=0.3)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=70)
+    write_file(folder / "curves.png", buffer.getvalue())
+
+
+def save_picture(path: Path, samples: Tensor, data: Tensor) -> None:
+    """A PNG of 100 images (n, 1, 28, 28) in a square, or of points (n, 2) over points of the data (m, 2)."""
+    buffer = io.BytesIO()
+    if samples.dim() == 4:
+        torchvision.utils.save_image((samples[:100] + 1) / 2, buffer, format="png", nrow=10)
+    else:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5, 5), layout="constrained")
+        axes = figure.add_subplot(aspect="equal")
+        for points, name in ((data, "data"), (samples, "samples")):
+            axes.scatter(*points[:2500].cpu().T, s=3, alpha=0.4, label=name)
+        axes.legend(loc="upper right")
+        figure.savefig(buffer, format="png", dpi=70)
+    write_file(path, buffer.getvalue())
+
+
+def run_facts(device: torch.device) -> dict:
+    """What results.json says of the machine: peak memory (of the process, on a CPU), device, versions."""
+    if device.type == "cuda":
+        peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type}, {torch.get_num_threads()} threads"
+        try:
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kB, on macOS in bytes
+            peak *= 1 if sys.platform == "darwin" else 1024
+        except ImportError:  # Windows
+            peak = math.nan
+    versions = {module.__name__: module.__version__ for module in (torch, torchvision)}
+    versions["python"] = sys.version.split()[0]
+    return {"peak_memory_mb": round(peak / 1e6), "device": name, "versions": versions}
+
+
+class Run:
+    """A run: its folder, its steps, its checkpoints, and its twin at W&B."""
+
+    def __init__(self, args, script: str, checkpoint: dict | None, device: torch.device):
+        self.args, self.script, self.checkpoint, self.device = args, script, checkpoint or {}, device
+        self.step, self.seconds = self.checkpoint.get("step", 0), self.checkpoint.get("seconds", 0.0)
+        self.first_step = self.last_saved = self.step
+        if self.step >= args.num_steps:
+            fail(f"{args.resume} has done its {self.step} steps; give more of them with --num-steps")
+        if args.track:
+            check_wandb()
+        name = f"{args.exp_name}__{args.dataset}__{args.seed}__{int(time.time())}"
+        self.folder = Path(args.resume or Path(args.run_dir) / name)
+        self.metrics_file = self.folder / "metrics.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+            lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
+            # What an interrupted run wrote after its last checkpoint will be written again.
+            lines = [f"{line}\n" for line in lines if json.loads(line)["step"] <= self.step]
+            write_file(self.metrics_file, "".join(lines))
+            write_file(self.folder / "args.json", json.dumps(vars(args), indent=2))
+        except OSError as error:
+            fail(f"cannot write the run folder {self.folder} ({error.strerror}); name another with --run-dir")
+        wandb_id = self.checkpoint.get("wandb_id")
+        self.wandb_run = start_wandb(args, self.folder.name, wandb_id) if args.track else None
+        self.wandb_id = self.wandb_run.id if self.wandb_run else wandb_id
+        self.parts, self.stopped, self.scalars, self.metrics = {}, [], {}, {}
+
+    def hold(self, **parts) -> None:
+        """Networks and optimizers that a checkpoint holds; a resumed run's take their state from it."""
+        self.parts = parts
+        if self.checkpoint:
+            for name, part in parts.items():
+                part.load_state_dict(self.checkpoint[name])
+            torch.set_rng_state(self.checkpoint["rng"])
+            if self.device.type == "cuda" and self.checkpoint["rng_cuda"] is not None:
+                torch.cuda.set_rng_state(self.checkpoint["rng_cuda"], self.device)
+
+    def save(self) -> None:
+        """Write checkpoint.pt."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {
+            "script": self.script,
+            "args": vars(self.args),
+            "step": self.step,
+            "rng": torch.get_rng_state(),
+        }
+        state["rng_cuda"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        state |= {"seconds": self.seconds + time.time() - self.start, "wandb_id": self.wandb_id}
+        state["paused"] = self.checkpoint.get("paused", 0.0) + self.paused
+        write_file(self.folder / "checkpoint.pt", state)
+        self.last_saved = self.step
+
+    def train_seconds(self) -> float:
+        """Seconds of training up to now, before a resume too; evaluations do not count."""
+        before = self.seconds - self.checkpoint.get("paused", 0.0)
+        return before + time.time() - self.start - self.paused
+
+    def due(self, every: int) -> bool:
+        """Whether what is done every so many steps, and after the last one, is to be done now."""
+        return self.step % every == 0 or self.step == self.args.num_steps
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps to do. After Ctrl-C or SIGTERM the step at hand is the last, and saved."""
+        signals = signal.SIGINT, signal.SIGTERM
+        handlers = [signal.signal(s, lambda number, _: self.stopped.append(number)) for s in signals]
+        total, self.start, self.paused = self.args.num_steps, time.time(), 0.0
+        self.bar = tqdm(total=total, initial=self.step, desc=self.script, disable=None, dynamic_ncols=True)
+        while self.step < total and not self.stopped:
+            self.step += 1
+            yield self.step
+            self.bar.update()
+            if self.stopped or self.due(self.args.eval_every):
+                self.save()
+        self.bar.close()
+        for number, handler in zip(signals, handlers):
+            signal.signal(number, handler)
+
+    def log(self, scalars: dict[str, Tensor | float], evaluate: Callable[[], dict]) -> None:
+        """Write a step's scalars and, when it is due, evaluate() and the samples.png that it has drawn."""
+        evaluated = self.due(self.args.eval_every)
+        self.scalars = {name: torch.as_tensor(value).item() for name, value in scalars.items()}
+        finite = all(map(math.isfinite, self.scalars.values()))
+        if evaluated:
+            modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+            finite &= all(bool(v.isfinite().all()) for part in modules for v in part.state_dict().values())
+        if not finite:
+            self.bar.close()
+            kept = (
+                f"{self.folder / 'checkpoint.pt'} of step {self.last_saved}"
+                if self.last_saved
+                else "none yet"
+            )
+            what = f"the loss is not finite at step {self.step}: {self.scalars}"
+            fail(f"{what}; last good checkpoint: {kept}; try lower learning rates")
+        done = self.step - self.first_step
+        self.scalars["steps_per_second"] = done / (time.time() - self.start - self.paused)
+        row, pictures = {"step": self.step} | self.scalars, {}
+        if evaluated:
+            pause = time.time()
+            self.metrics = evaluate()
+            self.paused += time.time() - pause
+            row, pictures = row | self.metrics, {"samples": self.folder / "samples.png"}
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.log_wandb(row, pictures)
+        plain = {name: value for name, value in self.metrics.items() if not isinstance(value, list)}
+        shown = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in plain.items()}
+        loss = next(iter(self.scalars.values()))
+        self.bar.set_postfix(loss=f"{loss:.4f}", **shown, refresh=False)
+        if evaluated and shown:
+            self.bar.write(f"step {self.step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+
+    def log_wandb(self, row: dict, pictures: dict[str, Path], last: bool = False) -> None:
+        """Send what there is to W&B, whose failures never cost a trained model."""
+        if self.wandb_run is None:
+            return
+        try:
+            import wandb
+
+            if row:
+                row = row | {name: wandb.Image(str(path)) for name, path in pictures.items()}
+                self.wandb_run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            if last:
+                self.wandb_run.finish()
+        except Exception as error:
+            print(f"W&B failed ({error!s:.200}); the run goes on in {self.folder}", file=sys.stderr)
+            self.wandb_run = None
+
+    def finish(self, facts: dict) -> Path:
+        """Draw the curves; of a run that is done write results.json, with facts in it; returns the folder."""
+        plot_curves(self.folder)
+        self.log_wandb({}, {}, last=True)
+        if self.step < self.args.num_steps:
+            go_on = f"go on with: python {self.script}.py --resume {self.folder}"
+            print(f"stopped after step {self.step}; {go_on}", file=sys.stderr)
+            raise SystemExit(128 + self.stopped[0])
+        seconds, speed = self.seconds + time.time() - self.start, self.scalars["steps_per_second"]
+        results = self.metrics | facts | {"steps": self.step, "seconds": round(seconds)}
+        results |= {"steps_per_second": round(speed, 2)} | run_facts(self.device)
+        write_file(self.folder / "results.json", json.dumps(results, indent=2))
+        print("\n".join(f"{name:>20}  {value}" for name, value in results.items()))
+        print("\n".join(f"{self.folder / name}" for name in ("samples.png", "curves.png", "checkpoint.pt")))
+        return self.folder
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+
+def load_networks(args: Args, generator: nn.Module, averaged: nn.Module, discriminator: nn.Module) -> None:
+    """Give the networks the weights of the run --init-from, whose networks must be of the same kind."""
+    start = load_checkpoint(Path(args.init_from) / "checkpoint.pt", SCRIPT)
+    for name in ("arch", "latent_dim", "channels"):
+        if (theirs := start["args"][name]) != getattr(args, name):
+            option = f"--{name.replace('_', '-')}"
+            fail(f"--init-from {args.init_from} has {option} {theirs}, and this run {getattr(args, name)}")
+    for name, part in {"generator": generator, "averaged": averaged, "discriminator": discriminator}.items():
+        part.load_state_dict(start[name])
+
+
+def train(args: Args) -> Path:
+    """Train, evaluate and save; returns the run folder."""
+    checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt", SCRIPT) if args.resume else None
+    args = resumed_args(args, checkpoint["args"]) if checkpoint else args
+    device = pick_device(args.device)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+    parts = load_images(args.dataset, args.data_dir, args.eval_split)
+    x, y, x_eval, y_eval = (part.to(device) for part in parts)
+    data = x[len(x) // HELD_OUT :]
+    if args.batch_size > len(data):
+        fail(f"--batch-size {args.batch_size} exceeds the {len(data)} training samples of {args.dataset}")
+    generator, discriminator = (network.to(device) for network in make_networks(args))
+    averaged = average(generator, args.ema_decay)
+    mixture = make_mixture(args).to(device)
+    averaged_mixture = average(mixture, args.ema_decay)
+    if args.init_from and not checkpoint:
+        load_networks(args, generator, averaged, discriminator)
+    run = Run(args, SCRIPT, checkpoint, device)
+    evaluation = Evaluation(args, x, [y, x_eval, y_eval])
+
+    adam = partial(torch.optim.Adam, betas=(args.beta1, 0.99), fused=True)
+    trained = [network for network in (generator, mixture) if [*network.parameters()]]
+    opt_generator = adam([{"params": [*network.parameters()]} for network in trained])
+    opt_discriminator = adam(discriminator.parameters())
+    networks = {"generator": generator, "averaged": averaged, "discriminator": discriminator}
+    networks |= {"mixture": mixture, "averaged_mixture": averaged_mixture}
+    run.hold(**networks, opt_generator=opt_generator, opt_discriminator=opt_discriminator)
+    losses = {"relativistic": relativistic_losses, "non-saturating": non_saturating_losses}[args.loss]
+
+    def update(optimizer, loss: Tensor, *lrs: float) -> None:
+        # Learning rates stay, and in the last part of the run fall linearly to zero.
+        rate = min(1.0, (args.num_steps + 1 - run.step) / max(1.0, args.lr_decay * args.num_steps))
+        for group, lr in zip(optimizer.param_groups, lrs):
+            group["lr"] = lr * rate
+        optimizer.zero_grad()
+        loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
+        optimizer.step()
+
+    def evaluate() -> dict:
+        rng = torch.Generator().manual_seed(args.seed)
+        samples = draw_mixture_samples(averaged, averaged_mixture, max(evaluation.count, 100), rng)
+        for name in (f"samples_{run.step:06d}.png", "samples.png"):
+            save_picture(run.folder / name, samples, data)
+        if args.latent != "normal":
+            save_components(run.folder / "components.png", averaged, averaged_mixture, args.seed)
+        return evaluation(samples)
+
+    for _ in run.steps():
+        real = draw_batch(data, args.batch_size)
+        components = torch.randint(len(mixture.means), (args.batch_size,), device=device)
+        noise = torch.randn(args.batch_size, args.latent_dim, device=device)
+        fake = generator(mixture(components, noise))
+
+        # The discriminator tells real from fake, and keeps its slope low at both.
+        both = torch.cat((real, fake.detach())).requires_grad_(args.gamma > 0)
+        logits = discriminator(both).squeeze(1)
+        loss = loss_discriminator = losses(*logits.chunk(2))[0]
+        scalars = {}
+        if args.gamma:
+            r1, r2 = (half.mean() for half in zero_centred_penalty(logits, both).chunk(2))
+            loss = loss + args.gamma / 2 * (r1 + r2)
+            scalars = {"r1": r1, "r2": r2}
+        update(opt_discriminator, loss, args.lr_discriminator)
+
+        # Generator and mixture turn the same fake samples against the new discriminator.
+        with torch.no_grad():
+            l_real = discriminator(real).squeeze(1)
+        l_fake = discriminator(fake).squeeze(1)
+        loss_generator = losses(l_real, l_fake)[1]
+        update(opt_generator, loss_generator, args.lr_generator, args.lr_mixture)
+        averaged.update_parameters(generator)
+        averaged_mixture.update_parameters(mixture)
+
+        if run.due(args.log_every) or run.due(args.eval_every):
+            scalars |= {"logit_real": l_real.mean(), "logit_fake": l_fake.mean()}
+            losses_now = {"loss_discriminator": loss_discriminator, "loss_generator": loss_generator}
+            run.log(losses_now | scalars, evaluate)
+    facts = evaluation.facts
+    if args.latent != "normal" and evaluation.count and run.step == args.num_steps:
+        found = cluster_images(averaged, averaged_mixture, x_eval, args.seed)
+        facts = facts | dict(zip(("cluster_accuracy", "cluster_nmi"), cluster_scores(y_eval, found)))
+    return run.finish(facts)
+
+
+def generate(args: Args) -> Path:
+    """Samples of a checkpoint as a folder of PNG files, with their metrics.json if asked for; returns it."""
+    if not args.checkpoint or not args.out:
+        fail("--generate needs --checkpoint runs/<run>/checkpoint.pt and --out <new folder>")
+    out, checkpoint = Path(args.out), load_checkpoint(Path(args.checkpoint), SCRIPT)
+    if out.exists():
+        fail(f"--out {out} exists; name a new folder")
+    device, made = pick_device(args.device), Args(**checkpoint["args"])
+    if args.component is not None and made.latent == "normal":
+        fail(f"--component {args.component}: {args.checkpoint} has the normal latent, without components")
+    if args.component is not None and args.component >= made.num_components:
+        fail(f"--component {args.component}: the components are 0 to {made.num_components - 1}")
+    generator, discriminator = make_networks(made)
+    averaged, mixture = (average(part, made.ema_decay) for part in (generator, make_mixture(made)))
+    parts = {"averaged": averaged, "averaged_mixture": mixture, "discriminator": discriminator}
+    for name, part in parts.items():
+        part.load_state_dict(checkpoint[name])
+        part.to(device)
+    if args.drs or args.measure:
+        data_dir = made.data_dir if args.data_dir == "data" else args.data_dir
+        x, *held = (v.to(device) for v in load_images(made.dataset, data_dir, made.eval_split))
+
+    rng, how = torch.Generator().manual_seed(args.seed), {"truncation": args.truncation}
+    how |= {"component": args.component, "drs": args.drs}
+    options = {"rng": rng, "truncation": args.truncation, "component": args.component}
+    draw = partial(draw_mixture_samples, averaged, mixture, **options)
+    if args.drs:
+        real = x[: max(2, len(x) // HELD_OUT)]  # what train has left out
+        calibrated = calibrate(discriminator, real, draw(len(real)), args.seed)
+        samples, share = reject_samples(draw, calibrated, args.generate, args.drs_percentile, rng)
+        how |= {"drs_percentile": args.drs_percentile, "drs_accepted": share}
+    else:
+        samples = draw(args.generate)
+    pixels = ((samples.squeeze(1) + 1) * 127.5).round().to(torch.uint8)
+    if args.measure:
+        near, count = str(Path(args.checkpoint).resolve().parent.parent), args.num_eval_samples
+        count = min(count, args.generate)
+        evaluation = Evaluation(dataclasses.replace(made, run_dir=near, num_eval_samples=count), x, held)
+        metrics = evaluation(pixels) | evaluation.facts | how
+        print("\n".join(f"{name:>20}  {value}" for name, value in metrics.items()))
+    beside = out.with_name(out.name + ".tmp")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        if args.measure:
+            write_file(beside / "metrics.json", json.dumps(metrics, indent=2))
+        for i, image in enumerate(tqdm(pixels.cpu().numpy(), desc=str(out), disable=None)):
+            Image.fromarray(image).save(beside / f"{i:06d}.png")
+        os.replace(beside, out)
+    except OSError as error:
+        fail(f"cannot write --out {out} ({error.strerror}); name a place where you may write")
+    print(f"{args.generate} samples in {out}")
+    return out
+
+
+def main(args: Args) -> Path:
+    """Train, or sample with --generate; returns the folder that was written."""
+    return generate(args) if args.generate else train(args)
+
+
+if __name__ == "__main__":
+    try:
+        args = tyro.cli(Args)
+    except ValueError as error:  # later versions of tyro show it themselves
+        fail(str(error))
+    main(args)

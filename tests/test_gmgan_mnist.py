@@ -1,0 +1,680 @@
+"""gmgan_mnist.py: latents, losses, rejection and clusters against what is known, and the whole script."""
+
+import itertools
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import gmgan_mnist
+from gmgan_mnist import (
+    Args,
+    Mixture,
+    average,
+    calibrate,
+    cluster_images,
+    cluster_scores,
+    draw_mixture_samples,
+    drs_acceptance,
+    drs_scores,
+    main,
+    make_mixture,
+    mixture_latents,
+    non_saturating_losses,
+    reject_samples,
+    relativistic_losses,
+    zero_centred_penalty,
+)
+
+TINY = {"num_steps": 4, "batch_size": 8, "latent_dim": 6, "channels": 4, "num_components": 3, "device": "cpu"}
+TINY |= {"log_every": 1, "eval_every": 3, "num_eval_samples": 60}
+FILES = ["args.json", "checkpoint.pt", "components.png", "curves.png", "metrics.jsonl", "results.json"]
+FILES += ["samples.png", "samples_000003.png", "samples_000004.png"]
+COVARIANCES = pytest.mark.parametrize("covariance", ["scalar", "diagonal", "full"])
+NETWORKS = ("generator", "averaged", "discriminator", "mixture", "averaged_mixture")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """One --run-dir for the module, so that a judge is trained once."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def tiny(runs, tiny_mnist, run_name, monkeypatch):
+    """tiny(**options): Args of a small run; its clustering takes three steps."""
+    monkeypatch.setattr(gmgan_mnist, "CLUSTER_STEPS", 3)
+
+    def make(**options):
+        fixed = {"run_dir": str(runs), "data_dir": str(tiny_mnist), "exp_name": run_name()}
+        return Args(**(TINY | fixed | options))
+
+    return make
+
+
+@pytest.fixture
+def light(monkeypatch):
+    """Runs without pictures: they take seconds, which other tests spend."""
+    for name in ("plot_curves", "save_picture", "save_components"):
+        monkeypatch.setattr(gmgan_mnist, name, lambda *args: None)
+
+
+def rows(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without the one scalar that the clock decides."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "steps_per_second"} for line in lines]
+
+
+def load(folder: Path) -> dict:
+    """A run's checkpoint."""
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def same(first: dict, second: dict) -> bool:
+    """Whether two states hold the same tensors."""
+    return all(torch.equal(v, second[name]) for name, v in first.items())
+
+
+def refused(capsys, args: Args) -> str:
+    """What main says, in one line, when it refuses these arguments with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    return line
+
+
+# The mixture
+
+
+def trained_mixture(covariance: str, k: int = 3, d: int = 4) -> Mixture:
+    """A mixture whose parameters have all moved from where they begin."""
+    mixture = Mixture(torch.randn(k, d), 1.5, covariance, True)
+    with torch.no_grad():
+        mixture.log_scales += 0.3 * torch.randn_like(mixture.log_scales)
+    return mixture
+
+
+def covariances(mixture: Mixture) -> torch.Tensor:
+    """The covariances of the first three components that a mixture's parameters stand for, entry by entry."""
+    d, k, parameters = mixture.means.shape[1], 3, mixture.log_scales.detach()
+    factors = torch.zeros(k, d, d)
+    for n, i, j in itertools.product(range(k), range(d), range(d)):
+        if parameters.dim() == 3:
+            entry = parameters[n, i, j]
+            factors[n, i, j] = entry.exp() if i == j else entry if i > j else 0.0
+        elif i == j:
+            factors[n, i, i] = parameters[n, i if parameters.shape[1] == d else 0].exp()
+    return factors @ factors.mT
+
+
+@COVARIANCES
+def test_mixture_moments(covariance):
+    """Mean and covariance of each component, and of the mixture: E cov + cov of the means."""
+    torch.manual_seed(0)
+    mixture, n = trained_mixture(covariance), 200_000
+    means, expected = mixture.means.detach(), covariances(mixture)
+    components = torch.randint(3, (n,))
+    with torch.no_grad():
+        z = mixture(components, torch.randn(n, 4))
+    for k in range(3):
+        part = z[components == k]
+        torch.testing.assert_close(part.mean(0), means[k], atol=0.05, rtol=0)
+        torch.testing.assert_close(part.T.cov(), expected[k], atol=0.06, rtol=0.04)
+    whole = expected.mean(0) + means.T.cov(correction=0)
+    torch.testing.assert_close(z.T.cov(), whole, atol=0.06, rtol=0.04)
+
+
+@COVARIANCES
+def test_static_mixture(covariance):
+    """Means uniform in [-c, c]^d, covariances sigma^2 I, nothing to train."""
+    torch.manual_seed(0)
+    args = Args(latent="static", latent_range=2.0, sigma=0.5, covariance=covariance, num_components=400)
+    mixture = make_mixture(args)
+    assert not list(mixture.parameters()) and mixture.means.shape == (400, 32)
+    assert 1.99 < mixture.means.abs().max() <= 2 and abs(mixture.means.mean()) < 0.05
+    assert mixture.means.var() == pytest.approx(4 / 3, rel=0.03)  # (2c)^2 / 12
+    torch.testing.assert_close(covariances(mixture), 0.25 * torch.eye(32).expand(3, 32, 32))
+
+
+def test_normal_latent():
+    mixture, noise = make_mixture(Args(latent="normal")), torch.randn(5, 32)
+    assert not list(mixture.parameters()) and mixture.means.shape == (1, 32)
+    assert torch.equal(mixture(torch.zeros(5, dtype=torch.long), noise), noise)
+
+
+@COVARIANCES
+def test_gradients_reach_means_and_covariances(covariance):
+    """Against finite differences in double; nothing above the diagonal trains."""
+    mixture = trained_mixture(covariance).double()
+    components, noise = torch.tensor([0, 2, 2, 0]), torch.randn(4, 4, dtype=torch.float64)
+
+    def latents(means, log_scales):
+        state = {"means": means, "log_scales": log_scales}
+        return torch.func.functional_call(mixture, state, (components, noise))
+
+    assert torch.autograd.gradcheck(latents, (mixture.means, mixture.log_scales))
+    latents(*mixture.parameters()).square().sum().backward()
+    for parameter in mixture.parameters():
+        grad = parameter.grad.tril() if parameter.dim() == 3 else parameter.grad
+        assert torch.equal(parameter.grad, grad) and (grad[1] == 0).all()  # no sample of component 1
+        wanted = torch.ones(4, 4).tril().bool() if parameter.dim() == 3 else torch.ones(grad.shape[1:]).bool()
+        assert (grad[0][wanted] != 0).all() and (grad[2][wanted] != 0).all()
+
+
+@pytest.mark.parametrize("shapes", [((3,), (4, 5), (3, 4)), ((4,), (4, 4), (3, 3)), ((4,), (4, 4), (2, 4))])
+def test_latents_that_do_not_fit(shapes):
+    components, noise, scales = shapes
+    with pytest.raises(ValueError, match="do not fit"):
+        mixture_latents(
+            torch.zeros(3, 4), torch.ones(scales), torch.zeros(components).long(), torch.ones(noise)
+        )
+
+
+class Echo(nn.Module):
+    """A generator that shows its latent."""
+
+    def forward(self, z):
+        return z
+
+
+def test_samples_of_a_mixture():
+    """Uniform components; truncation scales the noise alone; one component; the rng decides."""
+    mixture = average(Mixture(torch.tensor([[-50.0, 0.0], [50.0, 0.0]]), 2.0, "diagonal", True), 0.9)
+
+    def draw(seed=0, **options):
+        return draw_mixture_samples(Echo(), mixture, 4000, torch.Generator().manual_seed(seed), **options)
+
+    z = draw()
+    assert torch.equal(z, draw()) and not torch.equal(z, draw(1))
+    assert (z[:, 0] > 0).float().mean() == pytest.approx(0.5, abs=0.03) and z[:, 1].std() > 1.9
+    assert draw(truncation=0.25)[:, 1].std() == pytest.approx(0.5, rel=0.05)
+    assert set(map(tuple, draw(truncation=0.0).tolist())) == {(-50.0, 0.0), (50.0, 0.0)}
+    assert (draw(component=1)[:, 0] > 0).all() and (draw(component=0)[:, 0] < 0).all()
+
+
+# Losses
+
+
+def test_losses_against_their_formulas():
+    l_real, l_fake = torch.randn(2, 7, dtype=torch.float64)
+    p_real, p_fake = 1 / (1 + (-l_real).exp()), 1 / (1 + (-l_fake).exp())
+    found = [*non_saturating_losses(l_real, l_fake), *relativistic_losses(l_real, l_fake)]
+    difference = l_real - l_fake
+    expected = [-(p_real.log() + (1 - p_fake).log()).mean(), -p_fake.log().mean()]
+    expected += [(1 + (-difference).exp()).log().mean(), (1 + difference.exp()).log().mean()]
+    torch.testing.assert_close(found, expected)
+    shifted = relativistic_losses(l_real + 9, l_fake + 9)
+    torch.testing.assert_close(list(shifted), expected[2:])
+
+
+@pytest.mark.parametrize("losses", [non_saturating_losses, relativistic_losses])
+@pytest.mark.parametrize("shapes", [((4,), (5,)), ((4,), (4, 1)), ((4, 1), (4, 1))])
+def test_logits_that_do_not_pair(losses, shapes):
+    with pytest.raises(ValueError, match="must both be"):
+        losses(*map(torch.zeros, shapes))
+
+
+def test_penalty_of_a_linear_discriminator():
+    """Its gradient is w everywhere: |w|^2, with the gradient 2 w."""
+    w = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+    penalty = zero_centred_penalty(x.flatten(1) @ w, x)
+    torch.testing.assert_close(penalty, w.square().sum().expand(5))
+    penalty.mean().backward()
+    torch.testing.assert_close(w.grad, 2 * w.detach())
+
+
+def test_penalty_has_second_derivatives():
+    """For D(x) = x' A x / 2 it is |S x|^2, S the symmetric part of A; gradcheck on a network."""
+    a = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+
+    def penalty(a):
+        return zero_centred_penalty((x @ a * x).sum(1) / 2, x)
+
+    torch.testing.assert_close(penalty(a), (x @ (a + a.T) / 2).square().sum(1))
+    assert torch.autograd.gradcheck(penalty, (a,))
+    assert torch.autograd.gradcheck(lambda w: zero_centred_penalty(torch.tanh(x @ w), x), (a[0],))
+
+
+@pytest.mark.parametrize("arch", ["dcgan", "mlp"])
+def test_one_pass_penalises_each_sample(arch):
+    """The discriminators' logits do not depend on other samples, so the sum's gradient is each one's own."""
+    torch.manual_seed(0)
+    discriminator = gmgan_mnist.make_networks(Args(arch=arch, channels=2))[1]
+    x = torch.randn(3, 1, 28, 28, requires_grad=True)
+    together = zero_centred_penalty(discriminator(x).squeeze(1), x)
+    for i in range(3):
+        (grad,) = torch.autograd.grad(discriminator(x[i : i + 1]).sum(), x)
+        torch.testing.assert_close(together[i], grad[i].square().sum())
+    assert (together > 0).all()
+
+
+@pytest.mark.parametrize("logits, needs", [((4, 1), True), ((3,), True), ((4,), False)])
+def test_penalty_without_a_gradient(logits, needs):
+    with pytest.raises(ValueError, match="with requires_grad"):
+        zero_centred_penalty(torch.zeros(logits), torch.zeros(4, 2, requires_grad=needs))
+
+
+# Rejection
+
+
+def test_acceptance_against_its_formula():
+    logits = torch.tensor([-30.0, -2.0, 0.5, 2.9, 3.0], dtype=torch.float64)
+    ratio = np.exp(logits.numpy() - 3.0 - 1e-8)
+    expected = logits.numpy() - 3.0 - np.log(1 - ratio)
+    np.testing.assert_allclose(drs_scores(logits, 3.0).numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        drs_acceptance(logits, 3.0, 0.7).numpy(), 1 / (1 + np.exp(0.7 - expected)), rtol=1e-6
+    )
+    torch.testing.assert_close(drs_acceptance(logits, 3.0), (logits - 3).exp(), atol=2e-8, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"a logit of 3.0 exceeds the largest one, 2.5"):
+        drs_acceptance(logits, 2.5)
+
+
+def proposals(n: int) -> torch.Tensor:
+    """Samples (n, 1) of p_g = N(0, 2^2)."""
+    return 2 * torch.randn(n, 1, dtype=torch.float64)
+
+
+def log_ratio(x: torch.Tensor) -> torch.Tensor:
+    """log p_d / p_g (n, 1) for p_d = N(1, 1)."""
+    return x.square() / 8 - (x - 1).square() / 2 + math.log(2)
+
+
+def test_rejection_brings_a_known_density_ratio_to_the_target():
+    torch.manual_seed(0)
+    x = proposals(100_000)
+    logits = log_ratio(x).squeeze(1)
+    top = math.log(2) + 1 / 6  # at x = 4/3
+    kept = x[torch.rand(len(x)) < drs_acceptance(logits, top)]
+    assert len(kept) / len(x) == pytest.approx(math.exp(-top), rel=0.02)
+    assert kept.mean().item() == pytest.approx(1, abs=0.02) and kept.std().item() == pytest.approx(
+        1, abs=0.02
+    )
+
+
+@pytest.mark.parametrize("percentile", [50.0, 90.0])
+def test_samples_that_are_rejected(percentile):
+    """Nearer to the target than the proposals; a higher percentile rejects more, and comes nearer."""
+    torch.manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
+    x, share = reject_samples(proposals, log_ratio, 5000, percentile, rng)
+    # Half of a batch has a chance above 1/2 at 50; the known ratio has a gamma of 0 at the 73rd percentile.
+    low, high, mean = {50.0: (0.4, 0.6, 0.7), 90.0: (0.1, 0.35, 0.95)}[percentile]
+    assert x.shape == (5000, 1) and low < share < high and x.mean() > mean
+    assert x.std() < (1.5 if percentile == 50 else 1.1)
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_rejection_ends(value, capsys):
+    """Percentile 100 accepts nearly nothing, and a broken discriminator nothing: one line, not for ever."""
+    calls = []
+
+    def draw(n):
+        calls.append(n)
+        return torch.linspace(-40, 0, n, dtype=torch.float64)[:, None]
+
+    with pytest.raises(SystemExit) as stop:
+        rng = torch.Generator().manual_seed(0)
+        reject_samples(draw, lambda x: x + value, 50, 100.0, rng)
+    assert stop.value.code == 2 and len(calls) <= 7
+    assert capsys.readouterr().err.strip().endswith("of 5000, not 50; lower --drs-percentile")
+
+
+def test_calibration_finds_the_log_density_ratio(capsys):
+    """Images of one shade, N(150, 20^2) and N(110, 20^2): log p_d / p_g = (shade - 130) / 10. Logits of a
+    relativistic loss that are 50 too high come to that; weights beneath the last layer stay."""
+    rng = torch.Generator().manual_seed(0)
+    real = (
+        (150 + 20 * torch.randn(1000, 1, 1, generator=rng)).clamp(0, 255).to(torch.uint8).expand(-1, 28, 28)
+    )
+    fake = (110 + 20 * torch.randn(1000, 1, 1, 1, generator=rng)).expand(-1, -1, 28, 28) / 127.5 - 1
+    torch.manual_seed(0)
+    discriminator = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(49, 1))
+    nn.init.constant_(discriminator[2].weight, 0.3)
+    nn.init.constant_(discriminator[2].bias, 50.0)
+    before = [p.clone() for p in discriminator.parameters()]
+    calibrated = calibrate(discriminator, real, fake, 0)
+    assert all(torch.equal(p, q) for p, q in zip(discriminator.parameters(), before))
+    shades = torch.linspace(100, 160, 7)
+    with torch.no_grad():
+        logits = calibrated(shades.view(-1, 1, 1, 1).expand(-1, 1, 28, 28) / 127.5 - 1).squeeze(1)
+    torch.testing.assert_close(logits, (shades - 130) / 10, atol=0.6, rtol=0)
+    assert float(capsys.readouterr().out.split("cross-entropy ")[1].split()[0]) < 0.4
+
+
+# Clusters
+
+
+def test_cluster_scores_of_shuffled_labels():
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy(rng.integers(0, 10, 500))
+    names = torch.from_numpy(rng.permutation(10))
+    assert cluster_scores(labels, names[labels]) == pytest.approx((1, 1))
+    wrong = names[labels].clone()
+    wrong[:50] = names[(labels[:50] + 1) % 10]
+    assert cluster_scores(labels, wrong)[0] == pytest.approx(0.9)
+    assert cluster_scores(labels, torch.zeros(500).long()) == pytest.approx(
+        (labels.bincount().max().item() / 500, 0)
+    )
+
+
+@pytest.mark.parametrize("k", [4, 10, 17])
+def test_cluster_scores_against_scikit_learn(k):
+    """More or fewer clusters than classes; brute force finds no better matching of four clusters."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(k)
+    labels, noise = rng.integers(0, 10, 400), rng.integers(0, k, 400)
+    found = np.where(rng.random(400) < 0.6, labels % k, noise)
+    accuracy, nmi = cluster_scores(torch.from_numpy(labels), torch.from_numpy(found))
+    assert nmi == pytest.approx(metrics.normalized_mutual_info_score(labels, found))
+    if k == 4:
+        best = max(
+            sum((labels[found == cluster] == name).sum() for cluster, name in enumerate(names))
+            for names in itertools.permutations(range(10), 4)
+        )
+        assert accuracy == best / 400
+    assert accuracy >= max(np.bincount(labels[found == c]).max() for c in range(k)) / 400
+
+
+class Bars(nn.Module):
+    """A generator that draws the bar of tiny_mnist at the place of its latent's largest coordinate."""
+
+    def forward(self, z):
+        images = torch.rand(len(z), 1, 28, 28) * 0.7 - 1
+        for image, place in zip(images, z.argmax(1).tolist()):
+            image[:, 4 + 2 * place : 6 + 2 * place, 4:24] += 1.25
+        return images
+
+
+def test_clustering_finds_the_components(monkeypatch):
+    """Images of the bars that the components draw, in another order, are found without their labels."""
+    monkeypatch.setattr(gmgan_mnist, "CLUSTER_STEPS", 40)
+    torch.manual_seed(0)
+    order = torch.randperm(5)
+    mixture = average(Mixture(4 * torch.eye(5)[order], 0.3, "scalar", True), 0.9)
+    labels = torch.arange(100) % 5
+    images = ((Bars()(torch.eye(5)[labels]) + 1) * 127.5).squeeze(1).clamp(0, 255).to(torch.uint8)
+    state = torch.get_rng_state()
+    found = cluster_images(Bars(), mixture, images, 0, 32)
+    assert torch.equal(state, torch.get_rng_state())
+    accuracy, nmi = cluster_scores(labels, found)
+    assert accuracy > 0.9 and nmi > 0.8
+    assert (order[found] == labels).float().mean() == pytest.approx(accuracy)
+
+
+# The script
+
+
+def test_a_run_and_what_it_leaves(tiny):
+    folder = main(tiny())
+    assert sorted(p.name for p in folder.iterdir()) == FILES
+    results, lines = json.loads((folder / "results.json").read_text()), rows(folder)
+    assert {"fid", "precision", "recall", "cluster_accuracy", "cluster_nmi", "floor_fid"} < results.keys()
+    assert 0.1 <= results["cluster_accuracy"] <= 1 and 0 <= results["cluster_nmi"] <= 1
+    assert [line["step"] for line in lines if "fid" in line] == [3, 4]
+    assert all({"loss_discriminator", "loss_generator", "r1", "r2"} < line.keys() for line in lines)
+    with Image.open(folder / "components.png") as image:
+        assert image.size == (2 + 10 * 30, 2 + 3 * 30)  # a row of ten for each of three components
+        assert len(np.unique(np.asarray(image))) > 1
+    held = 240 // gmgan_mnist.HELD_OUT
+    assert held == 8 and results["num_eval"] == 60
+
+
+OPTIONS = [
+    {"latent": "normal"},
+    {"latent": "normal", "arch": "mlp", "loss": "non-saturating", "gamma": 0.0},
+    {"latent": "static"},
+    *({"covariance": covariance} for covariance in ("scalar", "diagonal", "full")),
+    {"arch": "mlp", "num_components": 1, "beta1": 0.5},
+    {"loss": "non-saturating", "eval_split": "validation", "lr_decay": 0.0, "ema_decay": 0.0},
+    *({"dataset": name, "gamma": 0.0} for name in ("fashion-mnist", "kmnist", "digits")),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
+def test_every_option(options, tiny, light, monkeypatch):
+    """A run ends, its losses are finite, what was asked for was used, and what should train has moved."""
+    calls = []
+    for name in ("relativistic_losses", "non_saturating_losses", "zero_centred_penalty"):
+        function = getattr(gmgan_mnist, name)
+        called = lambda *a, name=name, function=function: calls.append(name) or function(*a)  # noqa: E731
+        monkeypatch.setattr(gmgan_mnist, name, called)
+    args = tiny(num_steps=3, num_eval_samples=0, **options)
+    folder = main(args)
+    lines, state, results = rows(folder), load(folder), json.loads((folder / "results.json").read_text())
+    assert len(lines) == 3 and all(math.isfinite(v) for line in lines for v in line.values())
+    assert calls.count(args.loss.replace("-", "_") + "_losses") == 6 == len(calls) - (3 if args.gamma else 0)
+    assert "cluster_nmi" not in results  # evaluation is off
+    torch.manual_seed(args.seed)
+    networks = gmgan_mnist.make_networks(args)
+    first, last_bias = make_mixture(args).state_dict(), [*networks[1].state_dict()][-1]
+    for name, network in zip(("generator", "discriminator"), networks):
+        for key, parameter in network.named_parameters():
+            # A constant of all logits has no gradient where only their differences count.
+            if (name, key) != ("discriminator", last_bias) or args.loss == "non-saturating":
+                assert not torch.equal(parameter, state[name][key]), (name, key)
+    moved = [not torch.equal(first[key], state["mixture"][key]) for key in ("means", "log_scales")]
+    assert moved == [args.latent == "dynamic"] * 2
+    assert len(state["opt_generator"]["param_groups"]) == 1 + (args.latent == "dynamic")
+
+
+def test_held_out_images_are_not_trained_on(tiny, light, monkeypatch, tiny_mnist):
+    seen, draw = [], gmgan_mnist.draw_batch
+    monkeypatch.setattr(gmgan_mnist, "draw_batch", lambda data, n: seen.append(data) or draw(data, n))
+    main(tiny(num_eval_samples=0, num_steps=1))
+    x = gmgan_mnist.load_images("mnist", str(tiny_mnist), "test")[0]
+    assert torch.equal(seen[0], x[8:])
+
+
+def test_learning_rates_of_the_groups(tiny, light):
+    """Generator and mixture have their own; both fall to a share of 1 / decay steps in the last one."""
+    options = {"lr_generator": 1e-3, "lr_mixture": 4e-3, "lr_discriminator": 2e-3, "lr_decay": 1.0}
+    state = load(main(tiny(num_steps=2, num_eval_samples=0, **options)))
+    assert [g["lr"] for g in state["opt_generator"]["param_groups"]] == pytest.approx([5e-4, 2e-3])
+    assert [g["lr"] for g in state["opt_discriminator"]["param_groups"]] == pytest.approx([1e-3])
+
+
+def test_same_seed_same_run(tiny, light):
+    first, second, third = (main(tiny(num_eval_samples=0, seed=seed)) for seed in (1, 1, 2))
+    assert rows(first) == rows(second) != rows(third)
+    assert all(same(load(first)[name], load(second)[name]) for name in NETWORKS)
+
+
+def test_training_learns(tiny, light):
+    """Seconds bring the mean image of the samples much nearer to that of the data."""
+    options = {"num_steps": 60, "batch_size": 32, "channels": 8, "log_every": 20, "eval_every": 60}
+    args = tiny(num_eval_samples=0, **options)
+    folder, x = main(args), gmgan_mnist.load_images("mnist", args.data_dir, "test")[0]
+    target, distances = gmgan_mnist.to_float(x).mean(0), []
+    generator, mixture = (average(v, 0.9) for v in (gmgan_mnist.make_networks(args)[0], make_mixture(args)))
+    for state in (None, load(folder)):
+        if state:
+            generator.load_state_dict(state["averaged"])
+            mixture.load_state_dict(state["averaged_mixture"])
+        samples = draw_mixture_samples(generator, mixture, 100, torch.Generator().manual_seed(0))
+        distances.append((samples.mean(0) - target).square().mean().item())
+    assert distances[1] < 0.3 * distances[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"latent": "normal", "arch": "mlp", "gamma": 0.0}], ids=str)
+def test_resume_is_bit_for_bit(options, tiny, light, monkeypatch):
+    """A run stopped after 4 of 6 steps and resumed has the losses and weights of one that was not stopped."""
+    options = {"num_steps": 6, "num_eval_samples": 0, **options}
+    straight, args = main(tiny(**options)), tiny(**options)
+    draw, calls = gmgan_mnist.draw_batch, itertools.count(1)
+
+    def interrupted(*inputs):
+        if next(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gmgan_mnist, "draw_batch", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            main(args)
+    assert stop.value.code == 130
+    (folder,) = Path(args.run_dir).glob(f"{args.exp_name}__*")
+    assert load(folder)["step"] == 4
+    torch.manual_seed(1234)
+    assert main(Args(resume=str(folder))) == folder
+    assert rows(folder) == rows(straight)
+    assert all(same(load(folder)[name], load(straight)[name]) for name in NETWORKS)
+
+
+# Start from another run
+
+
+def test_init_from(tiny, light, monkeypatch):
+    """A mixture after a plain GAN: its networks, a latent of its own; a resume does not start over."""
+    first = main(tiny(latent="normal", num_eval_samples=0))
+    started, hold = {}, gmgan_mnist.Run.hold
+
+    def held(run, **parts):
+        hold(run, **parts)
+        started.update({k: {n: v.clone() for n, v in parts[k].state_dict().items()} for k in NETWORKS})
+
+    monkeypatch.setattr(gmgan_mnist.Run, "hold", held)
+    second = main(tiny(init_from=str(first), num_eval_samples=0, num_steps=2))
+    assert all(same(started[name], load(first)[name]) for name in ("generator", "averaged", "discriminator"))
+    assert started["mixture"]["means"].shape == (3, 6)
+    stopped = load(second)
+    main(Args(resume=str(second), num_steps=3))
+    assert all(same(started[name], stopped[name]) for name in NETWORKS)
+
+
+def test_init_from_other_networks(tiny, light, capsys, tmp_path):
+    first = main(tiny(latent="normal", num_eval_samples=0, num_steps=1))
+    for option, theirs, value in (("arch", "dcgan", "mlp"), ("channels", 4, 5), ("latent_dim", 6, 7)):
+        args = tiny(init_from=str(first), num_eval_samples=0, **{option: value})
+        name = "--" + option.replace("_", "-")
+        assert f"--init-from {first} has {name} {theirs}, and this run {value}" in refused(capsys, args)
+        assert not list(Path(args.run_dir).glob(f"{args.exp_name}__*"))
+    torch.save({"script": "mmd_gan", "step": 3, "args": {}}, tmp_path / "checkpoint.pt")
+    said = refused(capsys, tiny(init_from=str(tmp_path)))
+    assert "comes from mmd_gan, not from gmgan_mnist" in said
+    assert "there is no checkpoint" in refused(capsys, tiny(init_from=str(tmp_path / "none")))
+
+
+# Generate
+
+
+@pytest.fixture(scope="module")
+def mixture_run(runs, tiny_mnist) -> Path:
+    """A run of a few steps with three components, and its judge beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gmgan_mnist, "CLUSTER_STEPS", 3)
+        patch.setattr(gmgan_mnist, "plot_curves", lambda folder: None)
+        fixed = {"run_dir": str(runs), "data_dir": str(tiny_mnist), "exp_name": "mixture"}
+        return main(Args(**(TINY | fixed)))
+
+
+def pixels(folder: Path) -> np.ndarray:
+    """The written images (n, 28, 28) in order."""
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"truncation": 0.5}, {"component": 2}, {"drs": True, "component": 1}], ids=str
+)
+def test_generate(options, mixture_run, tmp_path, capsys):
+    fixed = {"generate": 12, "checkpoint": str(mixture_run / "checkpoint.pt"), "device": "cpu"}
+    out = main(Args(**fixed, **options, measure=True, out=str(tmp_path / "out")))
+    names = sorted(p.name for p in out.iterdir())
+    assert names == [*(f"{i:06d}.png" for i in range(12)), "metrics.json"]
+    metrics, images = json.loads((out / "metrics.json").read_text()), pixels(out)
+    assert metrics["num_eval"] == 12
+    assert all(math.isfinite(metrics[name]) for name in ("fid", "precision", "recall"))
+    assert metrics["judge"] == json.loads((mixture_run / "results.json").read_text())["judge"]
+    assert {k: metrics[k] for k in options} == options and ("drs_accepted" in metrics) == ("drs" in options)
+    # The files are what the averaged networks draw, and what metrics.json measures.
+    made, state = Args(**load(mixture_run)["args"]), load(mixture_run)
+    parts = gmgan_mnist.make_networks(made)[0], make_mixture(made)
+    generator, mixture = (average(part, made.ema_decay) for part in parts)
+    generator.load_state_dict(state["averaged"])
+    mixture.load_state_dict(state["averaged_mixture"])
+    if "drs" not in options:
+        drawn = draw_mixture_samples(generator, mixture, 12, torch.Generator().manual_seed(1), **options)
+        assert np.array_equal(images, ((drawn.squeeze(1) + 1) * 127.5).round().byte().numpy())
+    x, y, x_eval, y_eval = gmgan_mnist.load_images("mnist", made.data_dir, "test")
+    judge, _ = gmgan_mnist.load_judge(made, x, y)
+    again = gmgan_mnist.image_metrics(judge, torch.from_numpy(images), x_eval[:12], y_eval)
+    assert metrics["fid"] == pytest.approx(again["fid"], rel=1e-4)
+    assert "exists; name a new folder" in refused(capsys, Args(**fixed, out=str(out)))
+
+
+def test_generate_what_does_not_exist(mixture_run, tiny, light, tmp_path, capsys):
+    normal = main(tiny(latent="normal", num_eval_samples=0, num_steps=1)) / "checkpoint.pt"
+    fixed = {"generate": 12, "device": "cpu", "out": str(tmp_path / "out")}
+    mixed = {"checkpoint": str(mixture_run / "checkpoint.pt")}
+    assert "the components are 0 to 2" in refused(capsys, Args(**fixed, **mixed, component=3))
+    assert "has the normal latent" in refused(capsys, Args(**fixed, checkpoint=str(normal), component=0))
+    assert "--generate needs --checkpoint" in refused(capsys, Args(**fixed))
+    assert not (tmp_path / "out").exists()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_components": 0}, "--num-components must be positive, not 0"),
+        ({"sigma": 0.0}, "--sigma must be positive, not 0.0"),
+        ({"sigma": math.nan}, "--sigma must be positive, not nan"),
+        ({"latent_range": -1.0}, "--latent-range must be finite and at least 0, not -1.0"),
+        ({"gamma": -0.1}, "--gamma must be finite and at least 0, not -0.1"),
+        ({"truncation": -0.5}, "--truncation must be finite and at least 0, not -0.5"),
+        ({"component": -1}, "--component must be finite and at least 0, not -1"),
+        ({"drs_percentile": 101.0}, r"--drs-percentile must be in \[0, 100\], not 101.0"),
+        ({"drs_percentile": -1.0}, r"--drs-percentile must be in \[0, 100\], not -1.0"),
+        ({"lr_mixture": 0.0}, "--lr-mixture must be positive, not 0.0"),
+        ({"batch_size": 1}, "--batch-size must be at least 2, not 1"),
+        ({"num_eval_samples": 5}, "--num-eval-samples must be 0 or at least 10, not 5"),
+        ({"drs": True}, "--drs and --measure are for samples: give --generate as well"),
+        ({"measure": True, "generate": 5}, "--measure needs at least 10 samples, not --generate 5"),
+    ],
+)
+def test_values_that_cannot_work(options, message):
+    with pytest.raises(ValueError, match=message):
+        Args(**options)
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (["--num-components", "0"], "--num-components must be positive, not 0"),
+        (["--dataset", "digits", "--batch-size", "2000"], "--batch-size 2000 exceeds the 1390"),
+    ],
+)
+def test_bad_options_of_the_command(options, text, run_cli, tmp_path):
+    result = run_cli(*options, "--device", "cpu", script="gmgan_mnist.py")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert text in result.stderr and not (tmp_path / "runs").exists()
+
+
+def test_learning_rate_that_explodes(tiny, light, capsys):
+    args = tiny(num_steps=100, lr_generator=1e30, lr_discriminator=1e30, log_every=50, num_eval_samples=0)
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2 and "not finite at step" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_cuda_trains(tiny, tmp_path):
+    folder = main(tiny(device="cuda"))
+    main(Args(resume=str(folder), num_steps=5))
+    assert rows(folder)[-1]["step"] == 5
+    options = {"generate": 12, "checkpoint": str(folder / "checkpoint.pt"), "out": str(tmp_path / "out")}
+    assert len(pixels(main(Args(**options, drs=True, measure=True)))) == 12
