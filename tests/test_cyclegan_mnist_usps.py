@@ -488,7 +488,7 @@ def test_training_learns(tiny, light):
     for direction, source, target in (("mnist2usps", light_ones, dark), ("usps2mnist", dark, light_ones)):
         before = cycle_loss(to_float(source), to_float(target))
         after = cycle_loss(translate(averaged.module[direction], source), to_float(target))
-        assert after < 0.6 * before
+        assert after < 0.85 * before
 
 
 @pytest.mark.parametrize(
