@@ -64,10 +64,8 @@ from tqdm import tqdm
 SCRIPT = "cyclegan_mnist_usps"
 DIRECTIONS = ("mnist2usps", "usps2mnist")
 BUFFER_SIZE = 50  # translations kept for the discriminators (Zhu et al. 2017, section 4)
-TASK_IMAGES, TASK_STEPS = (
-    20_000,
-    800,
-)  # (translated) images, and updates, of a classifier for the other domain
+# Images, and updates, of a classifier that is trained in one domain for the other.
+TASK_IMAGES, TASK_STEPS = 20_000, 600
 
 
 @dataclasses.dataclass
@@ -529,8 +527,8 @@ class TranslationMetrics:
     """Measures two generators on the held-out parts of two domains, each of which has a judge of its own.
 
     `domains` are x, y, x_eval, y_eval of "mnist" and "usps", images (n, 28, 28) uint8; `facts` says of
-    results.json how well each judge does on real images of its domain, which fid, precision and recall its
-    training images have, and, as source_only, what adaptation is without a translation.
+    results.json how well each judge does on real images of its domain, and which fid, precision and recall
+    its training images have.
     """
 
     def __init__(self, args, domains: dict[str, list[Tensor]]):
@@ -546,37 +544,34 @@ class TranslationMetrics:
             n = min(n, len(x))
             floor = image_metrics(judge, x[:n], x_eval[:n], y_eval)
             self.facts |= {f"{name}_floor_{key}": floor[key] for key in ("fid", "precision", "recall")}
-        for direction in DIRECTIONS:
-            source, target = direction.split("2")
-            (x, y, *_), (_, _, real, y_real) = domains[source], domains[target]
-            untranslated = train_classifier(x[:TASK_IMAGES], y[:TASK_IMAGES])
-            right = accuracy(untranslated, real[: self.count], y_real[: self.count])
-            self.facts[f"{direction}_source_only"] = right
 
-    def __call__(self, generators: dict[str, nn.Module]) -> dict:
-        """For both directions: label_preservation, adaptation, fid, precision, recall, cycle_error.
+    def __call__(self, generators: dict[str, nn.Module], adapt: bool) -> dict:
+        """For both directions: label_preservation, fid, precision, recall, cycle_error and, if adapt,
+        adaptation and source_only, for which classifiers are trained.
 
         label_preservation: share of source images whose translation has their label in the eyes of the
-        target's judge. adaptation: accuracy on real target images of a classifier that was trained on
-        translated source images and the source's labels. fid, precision and recall: translations against real
-        target images, as many of each. cycle_error: mean |F(G(x)) - x|, of pixels in [-1, 1].
+        target's judge. fid, precision and recall: translations against real target images, as many of each.
+        cycle_error: mean |F(G(x)) - x|, of pixels in [-1, 1]. adaptation: accuracy on real target images of a
+        classifier that was trained on translated source images and the source's labels; source_only: the same
+        without a translation, which is what a translation has to surpass.
         """
         metrics = {}
         for direction in DIRECTIONS if self.count else ():
             source, target = direction.split("2")
-            (x, y, x_eval, y_eval), (_, _, real, y_real) = self.domains[source], self.domains[target]
+            there, back = generators[direction], generators[f"{target}2{source}"]
+            x, y, x_eval, y_eval = self.domains[source]
+            real, y_real = (v[: self.count] for v in self.domains[target][2:])
             x_eval, y_eval = x_eval[: self.count], y_eval[: self.count]
-            real, y_real = real[: self.count], y_real[: self.count]
-            there = generators[direction]
-            back = generators[f"{target}2{source}"]
             fake = translate(there, x_eval)
-            found = {"label_preservation": accuracy(self.judges[target], fake, y_eval)}
-            adapted = train_classifier(translate(there, x[:TASK_IMAGES]), y[:TASK_IMAGES])
-            found["adaptation"] = accuracy(adapted, real, y_real)
             n = min(len(fake), len(real))
             measured = image_metrics(self.judges[target], fake[:n], real[:n], y_real)
+            found = {"label_preservation": accuracy(self.judges[target], fake, y_eval)}
             found |= {key: measured[key] for key in ("fid", "precision", "recall")}
             found["cycle_error"] = cycle_loss(translate(back, fake), to_float(x_eval)).item()
+            if adapt:
+                x, y = x[:TASK_IMAGES], y[:TASK_IMAGES]
+                for name, images in (("adaptation", translate(there, x)), ("source_only", x)):
+                    found[name] = accuracy(train_classifier(images, y), real, y_real)
             metrics |= {f"{direction}_{key}": value for key, value in found.items()}
         return metrics
 
@@ -916,7 +911,7 @@ def train(args: Args) -> Path:
         shown = {name: x_eval[:20] for name, (_, _, x_eval, _) in domains.items()}
         for name in (f"samples_{run.step:06d}.png", "samples.png"):
             save_translations(run.folder / name, averaged.module, shown)
-        return metrics(averaged.module)
+        return metrics(averaged.module, adapt=run.step == args.num_steps)
 
     g, f = (generators[direction] for direction in DIRECTIONS)
     for _ in run.steps():
