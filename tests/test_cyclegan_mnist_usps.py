@@ -386,7 +386,7 @@ OPTIONS = [
     {"spectral_norm": True, "eval_split": "validation"},
     {"augment": True, "lr_decay": 0.0, "ema_decay": 0.0},
     {"identity_weight": 0.0, "cycle_weight": 0.0, "usps_size": 28},
-    {"num_blocks": 2, "beta1": 0.0, "lr_generator": 1e-4, "lr_discriminator": 1e-4},
+    {"num_blocks": 3, "beta1": 0.0, "lr_generator": 1e-4, "lr_discriminator": 1e-4},
 ]
 
 
