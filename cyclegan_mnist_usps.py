@@ -24,9 +24,9 @@ this script measures it, and starts the generators at the identity. Read it besi
 
 Departures from CycleGAN, for images of 28 x 28: one halving instead of two, two residual blocks instead of
 nine, patches of 22 pixels instead of 70, batches of 16 instead of 1 and higher learning rates for a shorter
-run; generators add to their input, in the logits of the pixels, and begin with adding nothing; the translators
-that are kept are averages over the steps. With --semantic-consistency CyCADA's classifier of the source stays
-as it is, and sees its images augmented.
+run; generators add to their input, in the logits of the pixels, and begin with adding nothing; what is kept
+of them is an average over the steps. With --semantic-consistency CyCADA's classifier of the source stays as
+it is, and sees its images augmented.
 
     python cyclegan_mnist_usps.py                                # 3,000 steps, no label is used
     python cyclegan_mnist_usps.py --semantic-consistency mnist   # with the labels of MNIST; usps: of USPS
