@@ -224,6 +224,32 @@ def frame_usps(images: Tensor, size: int) -> Tensor:
     return F.pad(scaled, (before, after, before, after)).squeeze(1).round().clamp(0, 255).to(torch.uint8)
 
 
+def load_domains(args: Args, device: torch.device) -> dict[str, list[Tensor]]:
+    """x, y, x_eval, y_eval of both domains, images (n, 28, 28) uint8, on the device."""
+    where = args.data_dir, args.eval_split, args.usps_size
+    return {name: [v.to(device) for v in load_domain(name, *where)] for name in ("mnist", "usps")}
+
+
+def read_pngs(folder: Path, usps: bool, size: int) -> tuple[list[str], Tensor]:
+    """Names and images (n, 28, 28) uint8 of a folder's PNG files; those of USPS may have 16 x 16 pixels."""
+    names, images = sorted(p.name for p in folder.glob("*.png")) if folder.is_dir() else [], []
+    if not names:
+        fail(f"--input {folder} is no folder with PNG files in it")
+    for name in names:
+        try:
+            image = torch.from_numpy(np.array(Image.open(folder / name).convert("L")))
+        except Exception as error:
+            fail(f"{folder / name} is no picture ({error!s:.100}); take it away")
+        image = frame_usps(image[None], size)[0] if usps and image.shape == (16, 16) else image
+        if image.shape != (28, 28):
+            sizes = "16 x 16 or 28 x 28" if usps else "28 x 28"
+            fail(
+                f"{folder / name} has {image.shape[1]} x {image.shape[0]} pixels, not {sizes}; scale it first"
+            )
+        images.append(image)
+    return names, torch.stack(images)
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 images (n, 28, 28) as floats (n, 1, 28, 28) in [-1, 1]."""
     return images.unsqueeze(1).float() / 127.5 - 1
@@ -340,6 +366,11 @@ def make_discriminator(channels: int, spectral_norm: bool) -> nn.Sequential:
     )
 
 
+def make_generators(args: Args) -> nn.ModuleDict:
+    """The two generators, by direction."""
+    return nn.ModuleDict({d: Generator(args.channels, args.num_blocks) for d in DIRECTIONS})
+
+
 def average(model: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of a model and its buffers, with a shorter memory in the first steps."""
 
@@ -375,7 +406,7 @@ def cycle_loss(there_and_back: Tensor, images: Tensor) -> Tensor:
 
 def identity_loss(translated: Tensor, images: Tensor) -> Tensor:
     """Mean |G(y) - y| for images y that are in G's target domain already: a scalar (Zhu et al. 2017, section
-    5.2). It is what keeps a digit the same digit. Raises ValueError for two shapes."""
+    5.2). It keeps a generator from changing what needs no change. Raises ValueError for two shapes."""
     if translated.shape != images.shape:
         raise ValueError(f"two shapes: {tuple(translated.shape)} and {tuple(images.shape)}")
     return (translated - images).abs().mean()
@@ -858,17 +889,6 @@ class Run:
 # Training
 
 
-def load_domains(args: Args, device: torch.device) -> dict[str, list[Tensor]]:
-    """x, y, x_eval, y_eval of both domains, images (n, 28, 28) uint8, on the device."""
-    where = args.data_dir, args.eval_split, args.usps_size
-    return {name: [v.to(device) for v in load_domain(name, *where)] for name in ("mnist", "usps")}
-
-
-def make_generators(args: Args) -> nn.ModuleDict:
-    """The two generators, by direction."""
-    return nn.ModuleDict({d: Generator(args.channels, args.num_blocks) for d in DIRECTIONS})
-
-
 def train(args: Args) -> Path:
     """Train, evaluate and save; returns the run folder."""
     checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt", SCRIPT) if args.resume else None
@@ -952,26 +972,6 @@ def train(args: Args) -> Path:
     return run.finish(metrics.facts)
 
 
-def read_pngs(folder: Path, usps: bool, size: int) -> tuple[list[str], Tensor]:
-    """Names and images (n, 28, 28) uint8 of a folder's PNG files; those of USPS may have 16 x 16 pixels."""
-    names, images = sorted(p.name for p in folder.glob("*.png")) if folder.is_dir() else [], []
-    if not names:
-        fail(f"--input {folder} is no folder with PNG files in it")
-    for name in names:
-        try:
-            image = torch.from_numpy(np.array(Image.open(folder / name).convert("L")))
-        except Exception as error:
-            fail(f"{folder / name} is no picture ({error!s:.100}); take it away")
-        image = frame_usps(image[None], size)[0] if usps and image.shape == (16, 16) else image
-        if image.shape != (28, 28):
-            sizes = "16 x 16 or 28 x 28" if usps else "28 x 28"
-            fail(
-                f"{folder / name} has {image.shape[1]} x {image.shape[0]} pixels, not {sizes}; scale it first"
-            )
-        images.append(image)
-    return names, torch.stack(images)
-
-
 def generate(args: Args) -> Path:
     """Translations of a checkpoint as a folder of PNG files, named as their originals; returns it."""
     if not args.checkpoint or not args.out or (args.input and args.generate):
@@ -988,7 +988,7 @@ def generate(args: Args) -> Path:
         names, images = read_pngs(Path(args.input), source == "usps", made.usps_size)
     else:
         data_dir = made.data_dir if args.data_dir == "data" else args.data_dir
-        images = load_domains(dataclasses.replace(made, data_dir=data_dir), torch.device("cpu"))[source][2]
+        images = load_domain(source, data_dir, made.eval_split, made.usps_size)[2]
         if args.generate > len(images):
             fail(f"--generate {args.generate}: {source} has {len(images)} {made.eval_split} images")
         images = images[: args.generate]
