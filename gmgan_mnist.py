@@ -61,7 +61,7 @@ from tqdm import tqdm
 
 SCRIPT = "gmgan_mnist"
 STEPS = {"digits": 1500}  # other data sets: 5,000
-HELD_OUT = 30  # one in so many training images is kept from the networks, to calibrate --drs with
+HELD_OUT = 30  # one in so many training images is kept from the networks; --drs is judged by them
 CLUSTER_STEPS = 1000  # updates of the classifier that clusters
 MOST_DRAWS = 100  # rejection sampling gives up after so many draws per sample
 
@@ -666,34 +666,44 @@ def cluster_scores(labels: Tensor, found: Tensor) -> tuple[float, float]:
     return matched, (2 * (total - entropy) / total).item() if total else 1.0
 
 
-def calibrate(discriminator: nn.Sequential, real: Tensor, fake: Tensor, seed: int) -> nn.Sequential:
-    """The discriminator with a last layer whose logits (n, 1) estimate log p_data / p_g, as rejection needs.
+def calibrate(
+    discriminator: nn.Sequential, real: Tensor, held: Tensor, draw: Callable, seed: int, steps: int = 3000
+) -> nn.Sequential:
+    """The discriminator with logits (n, 1) that estimate log p_data / p_g, as rejection needs them.
 
-    The logits of a relativistic loss mean nothing by themselves. So the last layer is trained further, as a
-    logistic regression on the frozen features of real images (n, 28, 28) uint8 that the networks have not
-    seen against as many fake ones (n, 1, 28, 28), and taken from where it did best on a fifth of both, kept
-    apart. Azadi et al. 2019 train the discriminator further for the same reason.
+    Logits of a relativistic loss mean nothing by themselves, and the generator has fooled those of any loss.
+    So a copy goes on to learn, by logistic regression, real images (n, 28, 28) uint8 from samples draw(b) ->
+    (b, 1, 28, 28), and is taken from where it did best on the images held (m, 28, 28), which no network has
+    seen, and as many samples. Azadi et al. 2019, section 3.3, train the discriminator further likewise.
     """
-    last = max(i for i, layer in enumerate(discriminator) if isinstance(layer, nn.Linear))
-    body, head = discriminator[:last], copy.deepcopy(discriminator[last]).requires_grad_()
+    model = copy.deepcopy(discriminator).requires_grad_()
+    last = [layer for layer in model if isinstance(layer, nn.Linear)][-1]
+    rng, batch = torch.Generator().manual_seed(seed), 64
+    both = torch.cat((to_float(held), draw(len(held))))
+    targets = (torch.arange(len(both), device=both.device) < len(held)).float()[:, None]
+
+    @torch.no_grad()
+    def measure() -> tuple[float, float]:
+        logits = torch.cat([model(b) for b in both.split(1000)])
+        return logits.mean().item(), F.binary_cross_entropy_with_logits(logits, targets).item()
+
     with torch.no_grad():
-        both = torch.stack((to_float(real), fake), 1).flatten(0, 1)  # real and fake in turn
-        features = torch.cat([body(b) for b in both.split(1000)])
-        head.bias -= head(features).mean()  # the constant that means nothing
-    targets = torch.tensor([1.0, 0.0], device=fake.device).repeat(len(real))[:, None]
-    rng, n = torch.Generator().manual_seed(seed), 2 * max(1, len(real) // 5)
-    optimizer, best = torch.optim.Adam(head.parameters(), 1e-3), (math.inf, None)
-    for _ in range(30):
-        for index in (n + torch.randperm(len(features) - n, generator=rng)).to(fake.device).split(256):
-            loss = F.binary_cross_entropy_with_logits(head(features[index]), targets[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            held = F.binary_cross_entropy_with_logits(head(features[:n]), targets[:n]).item()
-        best = min(best, (held, copy.deepcopy(head)), key=lambda pair: pair[0])
+        last.bias -= measure()[0]  # the constant that means nothing
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.5, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, steps)
+    best = measure()[1], copy.deepcopy(model)
+    for step in range(steps):
+        index = torch.randint(len(real), (batch,), generator=rng).to(real.device)
+        l_real, l_fake = model(torch.cat((to_float(real[index]), draw(batch)))).chunk(2)
+        loss = F.softplus(-l_real).mean() + F.softplus(l_fake).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 500 == 0:
+            best = min(best, (measure()[1], copy.deepcopy(model)), key=lambda pair: pair[0])
     print(f"calibrated discriminator: cross-entropy {best[0]:.3f} on held-out images, 0.693 is chance")
-    return nn.Sequential(*body, best[1] or head)
+    return best[1]
 
 
 @torch.no_grad()
@@ -1123,10 +1133,14 @@ def generate(args: Args) -> Path:
     rng, how = torch.Generator().manual_seed(args.seed), {"truncation": args.truncation}
     how |= {"component": args.component, "drs": args.drs}
     options = {"rng": rng, "truncation": args.truncation, "component": args.component}
-    draw = partial(draw_mixture_samples, averaged, mixture, **options)
+
+    def draw(count: int) -> Tensor:  # as the files will hold them: unrounded pixels would give samples away
+        samples = draw_mixture_samples(averaged, mixture, count, **options)
+        return to_float(((samples.squeeze(1) + 1) * 127.5).round().to(torch.uint8))
+
     if args.drs:
-        real = x[: max(2, len(x) // HELD_OUT)]  # what train has left out
-        calibrated = calibrate(discriminator, real, draw(len(real)), args.seed)
+        left_out = max(2, len(x) // HELD_OUT)
+        calibrated = calibrate(discriminator, x[left_out:], x[:left_out], draw, args.seed)
         samples, share = reject_samples(draw, calibrated, args.generate, args.drs_percentile, rng)
         how |= {"drs_percentile": args.drs_percentile, "drs_accepted": share}
     else:
