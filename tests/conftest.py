@@ -1,5 +1,6 @@
 """What the tests share: small data sets in torchvision's layout, and the scripts run as commands."""
 
+import bz2
 import itertools
 import os
 import signal
@@ -38,12 +39,28 @@ def write_mnist_like(folder: Path, seed: int) -> None:
         write_idx(folder / "raw" / f"{part}-labels-idx1-ubyte", labels)
 
 
+def write_usps_like(folder: Path, seed: int) -> None:
+    """120 + 40 images of 16 x 16 in the text format of USPS's files: bars as in write_mnist_like."""
+    rng = np.random.default_rng(seed)
+    for name, n in (("usps.bz2", 120), ("usps.t.bz2", 40)):
+        labels = np.arange(n) % 10
+        images = rng.integers(0, 90, (n, 16, 16))
+        for image, label in zip(images, labels):
+            image[round(1.6 * label) : round(1.6 * label) + 2, :] += 160
+        lines = [
+            f"{label + 1} " + " ".join(f"{i}:{v:.4f}" for i, v in enumerate(image.flat, 1))
+            for label, image in zip(labels, images / 127.5 - 1)
+        ]
+        (folder / name).write_bytes(bz2.compress("\n".join(lines).encode() + b"\n"))
+
+
 @pytest.fixture(scope="session")
 def tiny_mnist(tmp_path_factory) -> Path:
-    """A data folder with small MNIST, FashionMNIST and KMNIST; not to be written to."""
+    """A data folder with small MNIST, FashionMNIST, KMNIST and USPS; not to be written to."""
     folder = tmp_path_factory.mktemp("data")
     for seed, name in enumerate(("MNIST", "FashionMNIST", "KMNIST")):
         write_mnist_like(folder / name, seed)
+    write_usps_like(folder, 3)
     return folder
 
 
