@@ -217,11 +217,18 @@ def load_domain(domain: str, data_dir: str, eval_split: str, usps_size: int) -> 
 
 
 def frame_usps(images: Tensor, size: int) -> Tensor:
-    """Images (n, 16, 16) uint8, scaled to size x size and put into the middle of black ones: (n, 28, 28)."""
-    scaled = F.interpolate(images.unsqueeze(1).float(), size=size, mode="bilinear", antialias=True)
-    before = (28 - size) // 2
-    after = 28 - size - before
-    return F.pad(scaled, (before, after, before, after)).squeeze(1).round().clamp(0, 255).to(torch.uint8)
+    """Images (n, 16, 16) uint8 the way MNIST was made: scaled to size x size, and put into black ones
+    (n, 28, 28) with the centre of mass at the middle, pixel (14, 14), as far as they stay within."""
+    scaled = F.interpolate(images.unsqueeze(1).float(), size=size, mode="bilinear", antialias=True).squeeze(1)
+    scaled, room, places = scaled.round().clamp(0, 255), 28 - size, torch.arange(size)
+    mass = scaled.sum((1, 2)).clamp(min=1)
+    wide = F.pad(scaled, [room] * 4)
+    for dim in (1, 2):
+        centre = (scaled.sum(3 - dim) * places).sum(1) / mass
+        first = room - (14 - centre).round().clamp(0, room).long()  # a window's first row, or column, of wide
+        index = (first[:, None] + torch.arange(28)).unsqueeze(3 - dim)
+        wide = torch.take_along_dim(wide, index, dim)
+    return wide.to(torch.uint8)
 
 
 def load_domains(args: Args, device: torch.device) -> dict[str, list[Tensor]]:
@@ -529,11 +536,11 @@ def accuracy(judge: Judge, images: Tensor, labels: Tensor) -> float:
     return (judge_images(judge, images)[1].argmax(1) == labels).float().mean().item()
 
 
-def train_classifier(images: Tensor, labels: Tensor, batch_size: int = 128) -> Judge:
+def train_classifier(images: Tensor, labels: Tensor, seed: int = 0, batch_size: int = 128) -> Judge:
     """A classifier of images, uint8 (n, 28, 28) or float (n, 1, 28, 28), and labels (n,), which sees them
-    augmented, so that it holds beyond its own domain; from seed 0, leaves torch's alone."""
+    augmented, so that it holds beyond its own domain; from that seed, leaves torch's alone."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         classifier = Judge().to(images.device)
         optimizer = torch.optim.Adam(classifier.parameters())
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, TASK_STEPS)
@@ -557,38 +564,47 @@ def translate(generator: nn.Module, images: Tensor) -> Tensor:
 
 
 class TranslationMetrics:
-    """Measures two generators on the held-out parts of two domains, each of which has a judge of its own.
+    """Measures two generators on the held-out parts of two domains.
 
-    `domains` are x, y, x_eval, y_eval of "mnist" and "usps", images (n, 28, 28) uint8; `facts` says of
-    results.json how well each judge does on real images of its domain, and which fid, precision and recall
-    its training images have.
+    `domains` are x, y, x_eval, y_eval of "mnist" and "usps", images (n, 28, 28) uint8. Each has a judge, for
+    fid, precision and recall, and a classifier trained on its real images, augmented, for the labels. After
+    the first call `facts`, for results.json, has the accuracy of both on real images, the fid, precision and
+    recall of the training images, and `source_only`, the accuracy of each classifier in the other domain:
+    what adaptation has to surpass, and the other direction's preservation where nothing is translated.
     """
 
     def __init__(self, args, domains: dict[str, list[Tensor]]):
-        self.count, self.domains, self.facts = args.num_eval_samples, domains, {}
-        if not self.count:
-            return
-        self.judges = {}
-        for name, (x, y, x_eval, y_eval) in domains.items():
-            judge, judge_hash = load_domain_judge(args, x, y)
-            self.judges[name], n = judge, min(self.count, len(x_eval))
-            right = accuracy(judge, x_eval[:n], y_eval[:n])
-            self.facts |= {f"{name}_judge": judge_hash, f"{name}_judge_accuracy": right}
+        self.args, self.count, self.domains = args, args.num_eval_samples, domains
+        self.judges, self.classifiers, self.facts = {}, {}, {}
+
+    def prepare(self) -> None:
+        """Train or load the judges, train the classifiers, and measure them."""
+        for name, (x, y, x_eval, y_eval) in self.domains.items():
+            judge, judge_hash = load_domain_judge(self.args, x, y)
+            classifier, n = train_classifier(x, y), min(self.count, len(x_eval))
+            self.judges[name], self.classifiers[name] = judge, classifier
+            right = [accuracy(network, x_eval[:n], y_eval[:n]) for network in (judge, classifier)]
+            self.facts |= {f"{name}_judge": judge_hash, f"{name}_judge_accuracy": right[0]}
+            self.facts[f"{name}_classifier_accuracy"] = right[1]
             n = min(n, len(x))
             floor = image_metrics(judge, x[:n], x_eval[:n], y_eval)
             self.facts |= {f"{name}_floor_{key}": floor[key] for key in ("fid", "precision", "recall")}
+        for direction in DIRECTIONS:
+            source, target = direction.split("2")
+            real = (v[: self.count] for v in self.domains[target][2:])
+            self.facts[f"{direction}_source_only"] = accuracy(self.classifiers[source], *real)
 
-    def __call__(self, generators: dict[str, nn.Module], adapt: bool) -> dict:
-        """For both directions: label_preservation, fid, precision, recall, cycle_error and, if adapt,
-        adaptation and source_only, for which classifiers are trained.
+    def __call__(self, generators: dict[str, nn.Module]) -> dict:
+        """For both directions: label_preservation, adaptation, fid, precision, recall and cycle_error.
 
         label_preservation: share of source images whose translation has their label in the eyes of the
-        target's judge. fid, precision and recall: translations against real target images, as many of each.
-        cycle_error: mean |F(G(x)) - x|, of pixels in [-1, 1]. adaptation: accuracy on real target images of a
-        classifier that was trained on translated source images and the source's labels; source_only: the same
-        without a translation, which is what a translation has to surpass.
+        target's classifier. adaptation: accuracy on real target images of a classifier that was trained on
+        translated source images and the source's labels. fid, precision and recall: translations against
+        real target images, as many of each. cycle_error: mean |F(G(x)) - x|, of pixels in [-1, 1].
         """
         metrics = {}
+        if self.count and not self.judges:
+            self.prepare()
         for direction in DIRECTIONS if self.count else ():
             source, target = direction.split("2")
             there, back = generators[direction], generators[f"{target}2{source}"]
@@ -596,15 +612,12 @@ class TranslationMetrics:
             real, y_real = (v[: self.count] for v in self.domains[target][2:])
             x_eval, y_eval = x_eval[: self.count], y_eval[: self.count]
             fake = translate(there, x_eval)
-            n = min(len(fake), len(real))
+            found = {"label_preservation": accuracy(self.classifiers[target], fake, y_eval)}
+            learner = train_classifier(translate(there, x[:TASK_IMAGES]), y[:TASK_IMAGES])
+            found["adaptation"], n = accuracy(learner, real, y_real), min(len(fake), len(real))
             measured = image_metrics(self.judges[target], fake[:n], real[:n], y_real)
-            found = {"label_preservation": accuracy(self.judges[target], fake, y_eval)}
             found |= {key: measured[key] for key in ("fid", "precision", "recall")}
             found["cycle_error"] = cycle_loss(translate(back, fake), to_float(x_eval)).item()
-            if adapt:
-                x, y = x[:TASK_IMAGES], y[:TASK_IMAGES]
-                for name, images in (("adaptation", translate(there, x)), ("source_only", x)):
-                    found[name] = accuracy(train_classifier(images, y), real, y_real)
             metrics |= {f"{direction}_{key}": value for key, value in found.items()}
         return metrics
 
@@ -913,7 +926,9 @@ def train(args: Args) -> Path:
     classifier = nn.Identity()
     if args.semantic_consistency != "none":
         x, y, *_ = domains[args.semantic_consistency]
-        classifier = Judge().eval().requires_grad_(False).to(device) if checkpoint else train_classifier(x, y)
+        classifier = Judge().eval().requires_grad_(False).to(device)
+        if not checkpoint:  # another one than the metrics'
+            classifier = train_classifier(x, y, seed=1 + args.seed)
     opt_generator = adam(generators.parameters(), args.lr_generator)
     opt_discriminator = adam(discriminators.parameters(), args.lr_discriminator)
     networks = {"generators": generators, "averaged": averaged, "discriminators": discriminators}
@@ -933,7 +948,7 @@ def train(args: Args) -> Path:
         shown = {name: x_eval[:20] for name, (_, _, x_eval, _) in domains.items()}
         for name in (f"samples_{run.step:06d}.png", "samples.png"):
             save_translations(run.folder / name, averaged.module, shown)
-        return metrics(averaged.module, adapt=run.step == args.num_steps)
+        return metrics(averaged.module)
 
     g, f = (generators[direction] for direction in DIRECTIONS)
     for _ in run.steps():
