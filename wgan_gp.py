@@ -645,12 +645,14 @@ class Run:
         self.args, self.script, self.checkpoint, self.device = args, script, checkpoint or {}, device
         self.step, self.seconds = self.checkpoint.get("step", 0), self.checkpoint.get("seconds", 0.0)
         self.first_step = self.last_saved = self.step
-        if self.step >= args.num_steps:
+        name = f"{args.exp_name}__{args.dataset}__{args.seed}__{int(time.time())}"
+        self.folder = Path(args.resume or Path(args.run_dir) / name)
+        results = self.folder / "results.json"
+        ended = results.exists() and json.loads(results.read_text())["steps"] >= args.num_steps
+        if self.step > args.num_steps or (self.checkpoint and ended):
             fail(f"{args.resume} has done its {self.step} steps; give more of them with --num-steps")
         if args.track:
             check_wandb()
-        name = f"{args.exp_name}__{args.dataset}__{args.seed}__{int(time.time())}"
-        self.folder = Path(args.resume or Path(args.run_dir) / name)
         self.metrics_file = self.folder / "metrics.jsonl"
         try:
             self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -665,6 +667,13 @@ class Run:
         self.wandb_run = start_wandb(args, self.folder.name, wandb_id) if args.track else None
         self.wandb_id = self.wandb_run.id if self.wandb_run else wandb_id
         self.parts, self.stopped, self.scalars, self.metrics = {}, [], {}, {}
+        if self.step == args.num_steps:  # all that lacks is results.json, from the last line of metrics.jsonl
+            last = json.loads(lines[-1]) if lines else {}
+            if last.get("step") != self.step:
+                fail(f"{self.metrics_file} lacks step {self.step}, the last; go on further with --num-steps")
+            names = [*last]
+            names = names[names.index("steps_per_second") :]
+            self.scalars, self.metrics = last, {name: last[name] for name in names[1:]}
 
     def hold(self, **parts) -> None:
         """Networks and optimizers that a checkpoint holds; a resumed run's take their state from it."""

@@ -326,6 +326,24 @@ def test_more_steps_for_a_finished_run(finished, tiny, tmp_path):
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_that_died_after_its_last_step(finished, tmp_path, capsys):
+    """All steps are done and saved, but there is no results.json: resuming writes it, with the metrics."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").unlink()
+    assert main(Args(resume=str(folder))) == folder
+    after = json.loads((folder / "results.json").read_text())
+    ours = {"seconds", "peak_memory_mb"}
+    assert {k: v for k, v in after.items() if k not in ours} == {
+        k: v for k, v in before.items() if k not in ours
+    }
+    (folder / "results.json").unlink()
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(SystemExit) as stop:
+        main(Args(resume=str(folder)))
+    assert stop.value.code == 2 and "lacks step 4, the last" in capsys.readouterr().err
+
+
 def test_resume_of_a_run_that_was_moved(tiny, tmp_path, monkeypatch):
     """From any folder, with the folder of the runs gone: the judge is kept beside the run."""
     folder = main(tiny(dataset="digits", run_dir=str(tmp_path / "gone"), num_steps=2, eval_every=2))
