@@ -28,7 +28,7 @@ run; generators add to their input, in the logits of the pixels, and begin with 
 of them is an average over the steps. With --semantic-consistency CyCADA's classifier of the source stays as
 it is, and sees its images augmented.
 
-    python cyclegan_mnist_usps.py                                # 3,000 steps, no label is used
+    python cyclegan_mnist_usps.py                                # 1,500 steps, no label is used
     python cyclegan_mnist_usps.py --semantic-consistency mnist   # with the labels of MNIST; usps: of USPS
     python cyclegan_mnist_usps.py --resume runs/<run>            # goes on as if never stopped
     run=runs/<run>/checkpoint.pt
@@ -96,7 +96,7 @@ class Args:
     usps_size: int = 20
     """side to which USPS's 16 x 16 pixels are scaled, in a black frame up to 28; MNIST's digits have 20"""
 
-    num_steps: int = 3000
+    num_steps: int = 1500
     """updates of the generators"""
     batch_size: int = 16
     """images of each domain in a batch"""
@@ -130,7 +130,7 @@ class Args:
     num_eval_samples: int = 10_000
     """test images of each domain that are translated for an evaluation; 0 switches evaluation off"""
     eval_every: int | None = None
-    """steps between evaluations, pictures and checkpoints (default: a third of the run)"""
+    """steps between evaluations, pictures and checkpoints (default: half of the run)"""
     log_every: int = 50
     """steps between lines of metrics.jsonl"""
     run_dir: str = "runs"
@@ -150,7 +150,7 @@ class Args:
 
     def __post_init__(self) -> None:
         if not self.resume:  # else what was not given is taken from the run
-            self.eval_every = math.ceil(self.num_steps / 3) if self.eval_every is None else self.eval_every
+            self.eval_every = math.ceil(self.num_steps / 2) if self.eval_every is None else self.eval_every
         positive = "num_steps batch_size channels num_blocks eval_every log_every"
         limits = dict.fromkeys(positive.split(), (1, math.inf)) | {"seed": (0, 2**32 - 1)}
         limits |= dict.fromkeys(("lr_generator", "lr_discriminator"), (1e-12, 1e38))
