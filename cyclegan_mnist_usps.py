@@ -538,7 +538,7 @@ def accuracy(judge: Judge, images: Tensor, labels: Tensor) -> float:
 
 def train_classifier(images: Tensor, labels: Tensor, seed: int = 0, batch_size: int = 128) -> Judge:
     """A classifier of images, uint8 (n, 28, 28) or float (n, 1, 28, 28), and labels (n,), which sees them
-    augmented, so that it holds beyond its own domain; from that seed, leaves torch's alone."""
+    augmented twice over, so that it holds beyond its own domain; from that seed, leaves torch's alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         classifier = Judge().to(images.device)
@@ -548,7 +548,8 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int = 0, batch_size: 
             index = torch.randint(len(images), (batch_size,), device=images.device)
             batch = images[index]
             batch = to_float(batch) if batch.dtype == torch.uint8 else batch
-            loss = F.cross_entropy(classifier(augment(batch))[1], labels[index], label_smoothing=0.05)
+            logits = classifier(augment(augment(batch)))[1]
+            loss = F.cross_entropy(logits, labels[index], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
