@@ -605,7 +605,8 @@ class TranslationMetrics:
         """
         metrics = {}
         if self.count and not self.judges:
-            self.prepare()
+            with torch.random.fork_rng():  # a run with an evaluation less, or resumed, draws the same numbers
+                self.prepare()
         for direction in DIRECTIONS if self.count else ():
             source, target = direction.split("2")
             there, back = generators[direction], generators[f"{target}2{source}"]

@@ -510,7 +510,9 @@ def test_training_learns(tiny, light):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"semantic_consistency": "usps", "spectral_norm": True, "augment": True}], ids=str
+    "options",
+    [{}, {"num_eval_samples": 20}, {"semantic_consistency": "usps", "spectral_norm": True, "augment": True}],
+    ids=str,
 )
 def test_resume_is_bit_for_bit(options, tiny, light, monkeypatch):
     """A run stopped after 4 of 6 steps and resumed is one that was not stopped, buffers and all."""
