@@ -28,7 +28,7 @@ run; generators add to their input, in the logits of the pixels, and begin with 
 of them is an average over the steps. With --semantic-consistency CyCADA's classifier of the source stays as
 it is, and sees its images augmented.
 
-    python cyclegan_mnist_usps.py                                # 3,000 steps, no label is used
+    python cyclegan_mnist_usps.py                                # 1,500 steps, no label is used
     python cyclegan_mnist_usps.py --semantic-consistency mnist   # with the labels of MNIST; usps: of USPS
     python cyclegan_mnist_usps.py --resume runs/<run>            # goes on as if never stopped
     run=runs/<run>/checkpoint.pt
@@ -96,7 +96,7 @@ class Args:
     usps_size: int = 20
     """side to which USPS's 16 x 16 pixels are scaled, in a black frame up to 28; MNIST's digits have 20"""
 
-    num_steps: int = 3000
+    num_steps: int = 1500
     """updates of the generators"""
     batch_size: int = 16
     """images of each domain in a batch"""
@@ -130,7 +130,7 @@ class Args:
     num_eval_samples: int = 10_000
     """test images of each domain that are translated for an evaluation; 0 switches evaluation off"""
     eval_every: int | None = None
-    """steps between evaluations, pictures and checkpoints (default: a third of the run)"""
+    """steps between evaluations, pictures and checkpoints (default: half of the run)"""
     log_every: int = 50
     """steps between lines of metrics.jsonl"""
     run_dir: str = "runs"
@@ -150,7 +150,7 @@ class Args:
 
     def __post_init__(self) -> None:
         if not self.resume:  # else what was not given is taken from the run
-            self.eval_every = math.ceil(self.num_steps / 3) if self.eval_every is None else self.eval_every
+            self.eval_every = math.ceil(self.num_steps / 2) if self.eval_every is None else self.eval_every
         positive = "num_steps batch_size channels num_blocks eval_every log_every"
         limits = dict.fromkeys(positive.split(), (1, math.inf)) | {"seed": (0, 2**32 - 1)}
         limits |= dict.fromkeys(("lr_generator", "lr_discriminator"), (1e-12, 1e38))
@@ -538,7 +538,7 @@ def accuracy(judge: Judge, images: Tensor, labels: Tensor) -> float:
 
 def train_classifier(images: Tensor, labels: Tensor, seed: int = 0, batch_size: int = 128) -> Judge:
     """A classifier of images, uint8 (n, 28, 28) or float (n, 1, 28, 28), and labels (n,), which sees them
-    augmented, so that it holds beyond its own domain; from that seed, leaves torch's alone."""
+    augmented twice over, so that it holds beyond its own domain; from that seed, leaves torch's alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         classifier = Judge().to(images.device)
@@ -548,7 +548,8 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int = 0, batch_size: 
             index = torch.randint(len(images), (batch_size,), device=images.device)
             batch = images[index]
             batch = to_float(batch) if batch.dtype == torch.uint8 else batch
-            loss = F.cross_entropy(classifier(augment(batch))[1], labels[index], label_smoothing=0.05)
+            logits = classifier(augment(augment(batch)))[1]
+            loss = F.cross_entropy(logits, labels[index], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -604,7 +605,8 @@ class TranslationMetrics:
         """
         metrics = {}
         if self.count and not self.judges:
-            self.prepare()
+            with torch.random.fork_rng():  # a run with an evaluation less, or resumed, draws the same numbers
+                self.prepare()
         for direction in DIRECTIONS if self.count else ():
             source, target = direction.split("2")
             there, back = generators[direction], generators[f"{target}2{source}"]
