@@ -35,13 +35,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 import tyro
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -147,6 +147,8 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> tuple[Tensor, T
         parts = [images[:1437], labels[:1437], images[1437:], labels[1437:]]
     else:
         name = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}[dataset]
+        import torchvision
+
         raw = Path(data_dir) / name / "raw"
         files = [f"{a}-{b}-ubyte" for a in ("train", "t10k") for b in ("images-idx3", "labels-idx1")]
         present = all((raw / file).is_file() for file in files)
@@ -418,7 +420,9 @@ def save_picture(path: Path, samples: Tensor, data: Tensor) -> None:
     """A PNG of 100 images (n, 1, 28, 28) in a square, or of points (n, 2) over points of the data (m, 2)."""
     buffer = io.BytesIO()
     if samples.dim() == 4:
-        torchvision.utils.save_image((samples[:100] + 1) / 2, buffer, format="png", nrow=10)
+        from torchvision.utils import save_image
+
+        save_image((samples[:100] + 1) / 2, buffer, format="png", nrow=10)
     else:
         from matplotlib.figure import Figure
 
@@ -444,7 +448,7 @@ def run_facts(device: torch.device) -> dict:
             peak *= 1 if sys.platform == "darwin" else 1024
         except ImportError:  # Windows
             peak = math.nan
-    versions = {module.__name__: module.__version__ for module in (torch, torchvision)}
+    versions = {"torch": torch.__version__, "torchvision": version("torchvision")}
     versions["python"] = sys.version.split()[0]
     return {"peak_memory_mb": round(peak / 1e6), "device": name, "versions": versions}
 
@@ -587,7 +591,7 @@ class Run:
             print(f"W&B failed ({error!s:.200}); the run goes on in {self.folder}", file=sys.stderr)
             self.wandb_run = None
 
-    def finish(self, facts: dict) -> Path:
+    def finish(self, facts: Callable[[], dict]) -> Path:
         """Draw the curves; of a run that is done write results.json, with facts in it; returns the folder."""
         plot_curves(self.folder)
         self.log_wandb({}, {}, last=True)
@@ -596,7 +600,7 @@ class Run:
             print(f"stopped after step {self.step}; {go_on}", file=sys.stderr)
             raise SystemExit(128 + self.stopped[0])
         seconds, speed = self.seconds + time.time() - self.start, self.scalars["steps_per_second"]
-        results = self.metrics | facts | {"steps": self.step, "seconds": round(seconds)}
+        results = self.metrics | facts() | {"steps": self.step, "seconds": round(seconds)}
         results |= {"steps_per_second": round(speed, 2)} | run_facts(self.device)
         write_file(self.folder / "results.json", json.dumps(results, indent=2))
         print("\n".join(f"{name:>20}  {value}" for name, value in results.items()))
@@ -646,7 +650,7 @@ def train(args: Args) -> Path:
         averaged.update_parameters(classifier)
         if run.due(args.log_every) or run.due(args.eval_every):
             run.log({"loss": loss}, evaluate)
-    return run.finish({"num_labels": args.num_labels, "label_seed": args.label_seed})
+    return run.finish(lambda: {"num_labels": args.num_labels, "label_seed": args.label_seed})
 
 
 def main(args: Args) -> Path:

@@ -49,14 +49,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 import tyro
 from PIL import Image
 from torch import Tensor, nn
@@ -184,11 +184,13 @@ def load_domain(domain: str, data_dir: str, eval_split: str, usps_size: int) -> 
     and framed by frame_usps. With eval_split "validation" the last sixth of the training images is the
     evaluation part, and the test images are not touched.
     """
+    from torchvision import datasets
+
     if domain == "mnist":
-        make, folder, side, kind = torchvision.datasets.MNIST, Path(data_dir) / "MNIST" / "raw", 28, "IDX"
+        make, folder, side, kind = datasets.MNIST, Path(data_dir) / "MNIST" / "raw", 28, "IDX"
         files = [f"{a}-{b}-ubyte" for a in ("train", "t10k") for b in ("images-idx3", "labels-idx1")]
     else:
-        make, folder, side, kind = torchvision.datasets.USPS, Path(data_dir), 16, "bz2"
+        make, folder, side, kind = datasets.USPS, Path(data_dir), 16, "bz2"
         files = ["usps.bz2", "usps.t.bz2"]
     present = all((folder / file).is_file() for file in files)
     try:
@@ -568,32 +570,36 @@ class TranslationMetrics:
     """Measures two generators on the held-out parts of two domains.
 
     `domains` are x, y, x_eval, y_eval of "mnist" and "usps", images (n, 28, 28) uint8. Each has a judge, for
-    fid, precision and recall, and a classifier trained on its real images, augmented, for the labels. After
-    the first call `facts`, for results.json, has the accuracy of both on real images, the fid, precision and
-    recall of the training images, and `source_only`, the accuracy of each classifier in the other domain:
-    what adaptation has to surpass, and the other direction's preservation where nothing is translated.
+    fid, precision and recall, and a classifier trained on its real images, augmented, for the labels. `facts`
+    says of results.json how accurate both are on real images, which fid, precision and recall the training
+    images have, and `source_only`, the accuracy of each classifier in the other domain: what adaptation has
+    to surpass, and the other direction's preservation where nothing is translated.
     """
 
     def __init__(self, args, domains: dict[str, list[Tensor]]):
         self.args, self.count, self.domains = args, args.num_eval_samples, domains
-        self.judges, self.classifiers, self.facts = {}, {}, {}
+        self.judges, self.classifiers = {}, {}
 
-    def prepare(self) -> None:
-        """Train or load the judges, train the classifiers, and measure them."""
-        for name, (x, y, x_eval, y_eval) in self.domains.items():
-            judge, judge_hash = load_domain_judge(self.args, x, y)
+    @cached_property
+    def facts(self) -> dict:
+        """Make the judges and the classifiers, and measure them on real images, at the first use."""
+        facts = {}
+        for name, (x, y, x_eval, y_eval) in self.domains.items() if self.count else ():
+            with torch.random.fork_rng():  # a resumed run, or one with fewer evaluations, draws as this one
+                judge, judge_hash = load_domain_judge(self.args, x, y)
             classifier, n = train_classifier(x, y), min(self.count, len(x_eval))
             self.judges[name], self.classifiers[name] = judge, classifier
             right = [accuracy(network, x_eval[:n], y_eval[:n]) for network in (judge, classifier)]
-            self.facts |= {f"{name}_judge": judge_hash, f"{name}_judge_accuracy": right[0]}
-            self.facts[f"{name}_classifier_accuracy"] = right[1]
+            facts |= {f"{name}_judge": judge_hash, f"{name}_judge_accuracy": right[0]}
+            facts[f"{name}_classifier_accuracy"] = right[1]
             n = min(n, len(x))
             floor = image_metrics(judge, x[:n], x_eval[:n], y_eval)
-            self.facts |= {f"{name}_floor_{key}": floor[key] for key in ("fid", "precision", "recall")}
-        for direction in DIRECTIONS:
+            facts |= {f"{name}_floor_{key}": floor[key] for key in ("fid", "precision", "recall")}
+        for direction in DIRECTIONS if self.count else ():
             source, target = direction.split("2")
             real = (v[: self.count] for v in self.domains[target][2:])
-            self.facts[f"{direction}_source_only"] = accuracy(self.classifiers[source], *real)
+            facts[f"{direction}_source_only"] = accuracy(self.classifiers[source], *real)
+        return facts
 
     def __call__(self, generators: dict[str, nn.Module]) -> dict:
         """For both directions: label_preservation, adaptation, fid, precision, recall and cycle_error.
@@ -604,9 +610,7 @@ class TranslationMetrics:
         real target images, as many of each. cycle_error: mean |F(G(x)) - x|, of pixels in [-1, 1].
         """
         metrics = {}
-        if self.count and not self.judges:
-            with torch.random.fork_rng():  # a run with an evaluation less, or resumed, draws the same numbers
-                self.prepare()
+        _ = self.facts  # makes the judges, once
         for direction in DIRECTIONS if self.count else ():
             source, target = direction.split("2")
             there, back = generators[direction], generators[f"{target}2{source}"]
@@ -629,6 +633,8 @@ def save_translations(path: Path, generators: dict[str, nn.Module], sources: dic
 
     sources are 20 images (20, 28, 28) uint8 of "mnist" and of "usps".
     """
+    from torchvision.utils import save_image
+
     rows = []
     for direction in DIRECTIONS:
         source, target = direction.split("2")
@@ -636,7 +642,7 @@ def save_translations(path: Path, generators: dict[str, nn.Module], sources: dic
         there = translate(generators[direction], images)
         rows += [images, there, translate(generators[f"{target}2{source}"], there)]
     picture = (torch.cat(rows) + 1) / 2
-    torchvision.utils.save_image(picture, buffer := io.BytesIO(), format="png", nrow=20)
+    save_image(picture, buffer := io.BytesIO(), format="png", nrow=20)
     write_file(path, buffer.getvalue())
 
 
@@ -749,7 +755,7 @@ def run_facts(device: torch.device) -> dict:
             peak *= 1 if sys.platform == "darwin" else 1024
         except ImportError:  # Windows
             peak = math.nan
-    versions = {module.__name__: module.__version__ for module in (torch, torchvision)}
+    versions = {"torch": torch.__version__, "torchvision": version("torchvision")}
     versions["python"] = sys.version.split()[0]
     return {"peak_memory_mb": round(peak / 1e6), "device": name, "versions": versions}
 
@@ -892,7 +898,7 @@ class Run:
             print(f"W&B failed ({error!s:.200}); the run goes on in {self.folder}", file=sys.stderr)
             self.wandb_run = None
 
-    def finish(self, facts: dict) -> Path:
+    def finish(self, facts: Callable[[], dict]) -> Path:
         """Draw the curves; of a run that is done write results.json, with facts in it; returns the folder."""
         plot_curves(self.folder)
         self.log_wandb({}, {}, last=True)
@@ -901,7 +907,7 @@ class Run:
             print(f"stopped after step {self.step}; {go_on}", file=sys.stderr)
             raise SystemExit(128 + self.stopped[0])
         seconds, speed = self.seconds + time.time() - self.start, self.scalars["steps_per_second"]
-        results = self.metrics | facts | {"steps": self.step, "seconds": round(seconds)}
+        results = self.metrics | facts() | {"steps": self.step, "seconds": round(seconds)}
         results |= {"steps_per_second": round(speed, 2)} | run_facts(self.device)
         write_file(self.folder / "results.json", json.dumps(results, indent=2))
         print("\n".join(f"{name:>20}  {value}" for name, value in results.items()))
@@ -995,7 +1001,7 @@ def train(args: Args) -> Path:
 
         if run.due(args.log_every) or run.due(args.eval_every):
             run.log({"loss_generator": loss, "loss_discriminator": loss_discriminator} | scalars, evaluate)
-    return run.finish(metrics.facts)
+    return run.finish(lambda: metrics.facts)
 
 
 def generate(args: Args) -> Path:

@@ -45,14 +45,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 import tyro
 from PIL import Image
 from torch import Tensor, nn
@@ -214,6 +214,8 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> tuple[Tensor, T
         parts = [images[:1437], labels[:1437], images[1437:], labels[1437:]]
     else:
         name = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}[dataset]
+        import torchvision
+
         raw = Path(data_dir) / name / "raw"
         files = [f"{a}-{b}-ubyte" for a in ("train", "t10k") for b in ("images-idx3", "labels-idx1")]
         present = all((raw / file).is_file() for file in files)
@@ -570,22 +572,28 @@ class Evaluation:
     """Measures samples: points by a toy's modes, images by the judge against images that are held out.
 
     `data` are the training samples, `held` their labels and the images (n, 28, 28) and labels of the other
-    part; `facts` says of results.json which judge it was, and its metrics for training images: the floor.
+    part.
     """
 
     def __init__(self, args, data: Tensor, held: list[Tensor]):
         self.modes = toy_modes(args.dataset) if not held else None
-        self.count, self.facts = args.num_eval_samples, {}
+        self.count, self.split = args.num_eval_samples, args.eval_split
         if held and self.count:
-            labels, x, y = held
+            labels, x, self.labels = held
             self.count = min(self.count, len(x))
-            self.judge, judge_hash = load_judge(args, data, labels)
-            self.images, self.labels = x[: self.count], y
-            hits = judge_images(self.judge, self.images)[1].argmax(1) == y[: self.count]
-            self.facts = {"judge": judge_hash, "judge_accuracy": hits.float().mean().item()}
-            floor = self(data[: self.count])
-            self.facts |= {"num_eval": self.count} | {f"floor_{name}": v for name, v in floor.items()}
-            print(f"floor of fid, training against {args.eval_split} images: {floor['fid']:.3f}", flush=True)
+            self.judge, self.judge_hash = load_judge(args, data, labels)
+            self.images, self.known = x[: self.count], data[: self.count]
+
+    @cached_property
+    def facts(self) -> dict:
+        """What results.json says of the judge, with its metrics for training images: the floor."""
+        if self.modes or not self.count:
+            return {}
+        hits = judge_images(self.judge, self.images)[1].argmax(1) == self.labels[: self.count]
+        facts = {"judge": self.judge_hash, "judge_accuracy": hits.float().mean().item()}
+        floor = image_metrics(self.judge, self.known, self.images, self.labels)
+        print(f"floor of fid, training against {self.split} images: {floor['fid']:.3f}", flush=True)
+        return facts | {"num_eval": self.count} | {f"floor_{name}": v for name, v in floor.items()}
 
     def __call__(self, samples: Tensor) -> dict:
         """Metrics of images (n, ...) or points (n, 2), of which the first num_eval_samples count."""
@@ -593,6 +601,7 @@ class Evaluation:
             return {}
         if self.modes:
             return toy_metrics(samples[: self.count].cpu(), *self.modes)
+        _ = self.facts  # says the floor, once
         return image_metrics(self.judge, samples[: self.count], self.images, self.labels)
 
 
@@ -619,10 +628,12 @@ def draw_mixture_samples(
 
 def save_components(path: Path, generator: nn.Module, mixture: AveragedModel, seed: int) -> None:
     """A PNG with a row of ten samples for each component; the images of a column share their noise."""
+    from torchvision.utils import save_image
+
     draw = partial(draw_mixture_samples, generator, mixture, 10)
     rngs = [torch.Generator().manual_seed(seed) for _ in mixture.module.means]
     rows = torch.cat([draw(rng, component=k) for k, rng in enumerate(rngs)])
-    torchvision.utils.save_image((rows + 1) / 2, buffer := io.BytesIO(), format="png", nrow=10)
+    save_image((rows + 1) / 2, buffer := io.BytesIO(), format="png", nrow=10)
     write_file(path, buffer.getvalue())
 
 
@@ -830,7 +841,9 @@ def save_picture(path: Path, samples: Tensor, data: Tensor) -> None:
     """A PNG of 100 images (n, 1, 28, 28) in a square, or of points (n, 2) over points of the data (m, 2)."""
     buffer = io.BytesIO()
     if samples.dim() == 4:
-        torchvision.utils.save_image((samples[:100] + 1) / 2, buffer, format="png", nrow=10)
+        from torchvision.utils import save_image
+
+        save_image((samples[:100] + 1) / 2, buffer, format="png", nrow=10)
     else:
         from matplotlib.figure import Figure
 
@@ -856,7 +869,7 @@ def run_facts(device: torch.device) -> dict:
             peak *= 1 if sys.platform == "darwin" else 1024
         except ImportError:  # Windows
             peak = math.nan
-    versions = {module.__name__: module.__version__ for module in (torch, torchvision)}
+    versions = {"torch": torch.__version__, "torchvision": version("torchvision")}
     versions["python"] = sys.version.split()[0]
     return {"peak_memory_mb": round(peak / 1e6), "device": name, "versions": versions}
 
@@ -999,7 +1012,7 @@ class Run:
             print(f"W&B failed ({error!s:.200}); the run goes on in {self.folder}", file=sys.stderr)
             self.wandb_run = None
 
-    def finish(self, facts: dict) -> Path:
+    def finish(self, facts: Callable[[], dict]) -> Path:
         """Draw the curves; of a run that is done write results.json, with facts in it; returns the folder."""
         plot_curves(self.folder)
         self.log_wandb({}, {}, last=True)
@@ -1008,7 +1021,7 @@ class Run:
             print(f"stopped after step {self.step}; {go_on}", file=sys.stderr)
             raise SystemExit(128 + self.stopped[0])
         seconds, speed = self.seconds + time.time() - self.start, self.scalars["steps_per_second"]
-        results = self.metrics | facts | {"steps": self.step, "seconds": round(seconds)}
+        results = self.metrics | facts() | {"steps": self.step, "seconds": round(seconds)}
         results |= {"steps_per_second": round(speed, 2)} | run_facts(self.device)
         write_file(self.folder / "results.json", json.dumps(results, indent=2))
         print("\n".join(f"{name:>20}  {value}" for name, value in results.items()))
@@ -1110,10 +1123,15 @@ def train(args: Args) -> Path:
             scalars |= {"logit_real": l_real.mean(), "logit_fake": l_fake.mean()}
             losses_now = {"loss_discriminator": loss_discriminator, "loss_generator": loss_generator}
             run.log(losses_now | scalars, evaluate)
-    facts = evaluation.facts
-    if args.latent != "normal" and evaluation.count and run.step == args.num_steps:
+
+    def facts() -> dict:
+        if args.latent == "normal" or not evaluation.count:
+            return evaluation.facts
         found = cluster_images(averaged, averaged_mixture, x_eval, args.seed)
-        facts = facts | dict(zip(("cluster_accuracy", "cluster_nmi"), cluster_scores(y_eval, found)))
+        return evaluation.facts | dict(
+            zip(("cluster_accuracy", "cluster_nmi"), cluster_scores(y_eval, found))
+        )
+
     return run.finish(facts)
 
 

@@ -49,14 +49,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 import tyro
 from PIL import Image
 from torch import Tensor, nn
@@ -205,6 +205,8 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> tuple[Tensor, T
         parts = [images[:1437], labels[:1437], images[1437:], labels[1437:]]
     else:
         name = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}[dataset]
+        import torchvision
+
         raw = Path(data_dir) / name / "raw"
         files = [f"{a}-{b}-ubyte" for a in ("train", "t10k") for b in ("images-idx3", "labels-idx1")]
         present = all((raw / file).is_file() for file in files)
@@ -523,25 +525,33 @@ class ImageEvaluation:
     """Measures generated images by the judge against images that are held out.
 
     `data` are the training images, `held` their labels and the images (n, 28, 28) and labels of the other
-    part; `facts` says of results.json which judge it was, and its metrics for training images: the floor.
+    part.
     """
 
     def __init__(self, args, data: Tensor, held: list[Tensor]):
-        self.count, self.facts = min(args.num_eval_samples, len(held[1])), {}
+        self.count, self.split = min(args.num_eval_samples, len(held[1])), args.eval_split
         if self.count:
-            labels, x, self.labels = held
-            self.judge, judge_hash = load_judge(args, data, labels)
-            self.images = x[: self.count]
-            accuracy = classify(self.judge, x, self.labels)[0]["accuracy"]
-            self.facts = {"judge": judge_hash, "judge_accuracy": accuracy, "num_eval": self.count}
-            floor = self(data[: self.count])
-            self.facts |= {f"floor_{name}": v for name, v in floor.items()}
-            print(f"floor of fid, training against {args.eval_split} images: {floor['fid']:.3f}", flush=True)
+            labels, self.held, self.labels = held
+            self.judge, self.judge_hash = load_judge(args, data, labels)
+            self.images, self.known = self.held[: self.count], data[: self.count]
+
+    @cached_property
+    def facts(self) -> dict:
+        """What results.json says of the judge, with its metrics for training images: the floor."""
+        if not self.count:
+            return {}
+        accuracy = classify(self.judge, self.held, self.labels)[0]["accuracy"]
+        facts = {"judge": self.judge_hash, "judge_accuracy": accuracy, "num_eval": self.count}
+        floor = image_metrics(self.judge, self.known, self.images, self.labels)
+        print(f"floor of fid, training against {self.split} images: {floor['fid']:.3f}", flush=True)
+        return facts | {f"floor_{name}": v for name, v in floor.items()}
 
     def __call__(self, samples: Tensor) -> dict:
         """Metrics of images (n, ...), of which the first num_eval_samples count."""
-        fake = samples[: self.count]
-        return image_metrics(self.judge, fake, self.images, self.labels) if self.count else {}
+        if not self.count:
+            return {}
+        _ = self.facts  # says the floor, once
+        return image_metrics(self.judge, samples[: self.count], self.images, self.labels)
 
 
 @torch.no_grad()
@@ -693,7 +703,9 @@ def save_picture(path: Path, samples: Tensor, data: Tensor) -> None:
     """A PNG of 100 images (n, 1, 28, 28) in a square, or of points (n, 2) over points of the data (m, 2)."""
     buffer = io.BytesIO()
     if samples.dim() == 4:
-        torchvision.utils.save_image((samples[:100] + 1) / 2, buffer, format="png", nrow=10)
+        from torchvision.utils import save_image
+
+        save_image((samples[:100] + 1) / 2, buffer, format="png", nrow=10)
     else:
         from matplotlib.figure import Figure
 
@@ -719,7 +731,7 @@ def run_facts(device: torch.device) -> dict:
             peak *= 1 if sys.platform == "darwin" else 1024
         except ImportError:  # Windows
             peak = math.nan
-    versions = {module.__name__: module.__version__ for module in (torch, torchvision)}
+    versions = {"torch": torch.__version__, "torchvision": version("torchvision")}
     versions["python"] = sys.version.split()[0]
     return {"peak_memory_mb": round(peak / 1e6), "device": name, "versions": versions}
 
@@ -862,7 +874,7 @@ class Run:
             print(f"W&B failed ({error!s:.200}); the run goes on in {self.folder}", file=sys.stderr)
             self.wandb_run = None
 
-    def finish(self, facts: dict) -> Path:
+    def finish(self, facts: Callable[[], dict]) -> Path:
         """Draw the curves; of a run that is done write results.json, with facts in it; returns the folder."""
         plot_curves(self.folder)
         self.log_wandb({}, {}, last=True)
@@ -871,7 +883,7 @@ class Run:
             print(f"stopped after step {self.step}; {go_on}", file=sys.stderr)
             raise SystemExit(128 + self.stopped[0])
         seconds, speed = self.seconds + time.time() - self.start, self.scalars["steps_per_second"]
-        results = self.metrics | facts | {"steps": self.step, "seconds": round(seconds)}
+        results = self.metrics | facts() | {"steps": self.step, "seconds": round(seconds)}
         results |= {"steps_per_second": round(speed, 2)} | run_facts(self.device)
         write_file(self.folder / "results.json", json.dumps(results, indent=2))
         print("\n".join(f"{name:>20}  {value}" for name, value in results.items()))
@@ -978,7 +990,8 @@ def train(args: Args) -> Path:
 
         if run.due(args.log_every) or run.due(args.eval_every):
             run.log({"loss": loss} | scalars, evaluate)
-    return run.finish({"num_labels": args.num_labels, "label_seed": args.label_seed} | evaluation.facts)
+    labelled = {"num_labels": args.num_labels, "label_seed": args.label_seed}
+    return run.finish(lambda: labelled | evaluation.facts)
 
 
 def generate(args: Args) -> Path:

@@ -511,7 +511,11 @@ def test_training_learns(tiny, light):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_eval_samples": 20}, {"semantic_consistency": "usps", "spectral_norm": True, "augment": True}],
+    [
+        {},
+        {"num_eval_samples": 20, "eval_every": 2, "num_steps": 8},
+        {"semantic_consistency": "usps", "spectral_norm": True, "augment": True},
+    ],
     ids=str,
 )
 def test_resume_is_bit_for_bit(options, tiny, light, monkeypatch):
