@@ -28,7 +28,7 @@ run; generators add to their input, in the logits of the pixels, and begin with 
 of them is an average over the steps. With --semantic-consistency CyCADA's classifier of the source stays as
 it is, and sees its images augmented.
 
-    python cyclegan_mnist_usps.py                                # 1,500 steps, no label is used
+    python cyclegan_mnist_usps.py                                # 1,000 steps, no label is used
     python cyclegan_mnist_usps.py --semantic-consistency mnist   # with the labels of MNIST; usps: of USPS
     python cyclegan_mnist_usps.py --resume runs/<run>            # goes on as if never stopped
     run=runs/<run>/checkpoint.pt
@@ -96,7 +96,7 @@ class Args:
     usps_size: int = 20
     """side to which USPS's 16 x 16 pixels are scaled, in a black frame up to 28; MNIST's digits have 20"""
 
-    num_steps: int = 1500
+    num_steps: int = 1000
     """updates of the generators"""
     batch_size: int = 16
     """images of each domain in a batch"""
