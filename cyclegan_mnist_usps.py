@@ -763,6 +763,8 @@ def run_facts(device: torch.device) -> dict:
 class Run:
     """A run: its folder, its steps, its checkpoints, and its twin at W&B."""
 
+    quiet = None  # a bar where there is a terminal; with True there is none
+
     def __init__(self, args, script: str, checkpoint: dict | None, device: torch.device):
         self.args, self.script, self.checkpoint, self.device = args, script, checkpoint or {}, device
         self.step, self.seconds = self.checkpoint.get("step", 0), self.checkpoint.get("seconds", 0.0)
@@ -836,7 +838,8 @@ class Run:
         signals = signal.SIGINT, signal.SIGTERM
         handlers = [signal.signal(s, lambda number, _: self.stopped.append(number)) for s in signals]
         total, self.start, self.paused = self.args.num_steps, time.time(), 0.0
-        self.bar = tqdm(total=total, initial=self.step, desc=self.script, disable=None, dynamic_ncols=True)
+        look = {"disable": self.quiet, "dynamic_ncols": True}
+        self.bar = tqdm(total=total, initial=self.step, desc=self.script, **look)
         while self.step < total and not self.stopped:
             self.step += 1
             yield self.step

@@ -32,6 +32,7 @@ The default run takes 14 minutes on two CPU cores: fid 2.0, which is 2.3 times t
 0.72 and recall 0.85 (means of 3 seeds; results/mmd_gan.md has the rest).
 """
 
+import atexit
 import contextlib
 import dataclasses
 import hashlib
@@ -52,6 +53,7 @@ from typing import Literal, NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from PIL import Image
@@ -955,6 +957,8 @@ def run_facts(device: torch.device) -> dict:
 class Run:
     """A run: its folder, its steps, its checkpoints, and its twin at W&B."""
 
+    quiet = None  # a bar where there is a terminal; with True there is none
+
     def __init__(self, args, script: str, checkpoint: dict | None, device: torch.device):
         self.args, self.script, self.checkpoint, self.device = args, script, checkpoint or {}, device
         self.step, self.seconds = self.checkpoint.get("step", 0), self.checkpoint.get("seconds", 0.0)
@@ -1028,7 +1032,8 @@ class Run:
         signals = signal.SIGINT, signal.SIGTERM
         handlers = [signal.signal(s, lambda number, _: self.stopped.append(number)) for s in signals]
         total, self.start, self.paused = self.args.num_steps, time.time(), 0.0
-        self.bar = tqdm(total=total, initial=self.step, desc=self.script, disable=None, dynamic_ncols=True)
+        look = {"disable": self.quiet, "dynamic_ncols": True}
+        self.bar = tqdm(total=total, initial=self.step, desc=self.script, **look)
         while self.step < total and not self.stopped:
             self.step += 1
             yield self.step
@@ -1108,6 +1113,172 @@ class Run:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Processes: torchrun starts several, each has a part of every batch, and all have the same weights
+
+
+def rank() -> int:
+    """The number of this process among those that torchrun started; 0 is the one that writes."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def num_processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def join_processes(args, device: torch.device) -> None:
+    """Meet the other processes, if there are any: over NCCL on CUDA, a device for each, else over gloo."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        return
+    if args.batch_size % count:
+        fail(f"--batch-size {args.batch_size} cannot be divided among {count} processes; take a multiple")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
+
+
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """The first process does what is inside before the others, which find what it has made."""
+    if rank():
+        dist.barrier()
+    yield
+    if not rank() and num_processes() > 1:
+        dist.barrier()
+
+
+def share(batch: Tensor) -> Tensor:
+    """This process's part of a batch (b, ...) that all have drawn from one seed: (b / processes, ...)."""
+    return batch.chunk(num_processes())[rank()]
+
+
+class Gather(torch.autograd.Function):
+    """Parts (b, ...) of all processes, one after another, with gradient: see gather."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(num_processes())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return share(grad)
+
+
+def gather(x: Tensor) -> Tensor:
+    """The whole batch (b processes, ...), in the order of one process, from everyone's part x (b, ...).
+
+    Every process takes the same loss of it, so that gradients in x sum up to as many times the gradient as
+    there are processes; average_gradients takes the mean.
+    """
+    return Gather.apply(x) if num_processes() > 1 else x
+
+
+class Sum(torch.autograd.Function):
+    """The sum of everyone's x, whose gradient is the sum of everyone's gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward
+
+
+def average_gradients(parameters: list[Tensor]) -> None:
+    """Replace each parameter's gradient by its mean over the processes."""
+    for p in parameters if num_processes() > 1 else ():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= num_processes()
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation by the moments of the whole batch (nn.SyncBatchNorm has no CPU)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or num_processes() == 1:
+            return super().forward(x)
+        n, dims = x.numel() // x.shape[1] * num_processes(), (0, 2, 3)
+        mean = Sum.apply(x.sum(dims, keepdim=True)) / n
+        var = Sum.apply((x - mean).square().sum(dims, keepdim=True)) / n
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(var.flatten() * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        weight, bias = (v[:, None, None] for v in (self.weight, self.bias))
+        return (x - mean) * torch.rsqrt(var + self.eps) * weight + bias
+
+
+def globalise(network: nn.Sequential) -> nn.Sequential:
+    """Let the network's batch normalisation see all processes."""
+    for layer in network:
+        if type(layer) is nn.BatchNorm2d:
+            layer.__class__ = GlobalBatchNorm2d
+    return network
+
+
+class Stops(list):
+    """The signals that stop a run, known to all processes after the same step."""
+
+    came = 0
+
+    def append(self, number: int) -> None:
+        """A signal has come to this process."""
+        self.came = number
+
+    def agree(self) -> None:
+        """Take in what has come to any process."""
+        came = torch.tensor(self.came)
+        if num_processes() > 1:
+            dist.all_reduce(came, dist.ReduceOp.MAX)
+        self.extend([int(came)] if came else [])
+
+
+class SharedRun(Run):
+    """A run of one process or more; this is the first, which writes."""
+
+    def __init__(self, args, script: str, checkpoint: dict | None, device: torch.device):
+        super().__init__(args, script, checkpoint, device)
+        self.stopped = Stops()
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps to do, the same in all processes."""
+        for step in super().steps():
+            yield step
+            self.stopped.agree()
+
+
+class Follower(SharedRun):
+    """The run of a process that is not the first: it keeps step, and writes nothing."""
+
+    quiet = True
+
+    def __init__(self, args, script: str, checkpoint: dict | None, device: torch.device):
+        self.args, self.script, self.checkpoint, self.device = args, script, checkpoint or {}, device
+        self.step, self.stopped = self.checkpoint.get("step", 0), Stops()
+
+    def save(self) -> None:
+        """Leave it to the first process."""
+
+    def log(self, scalars: dict[str, Tensor | float], evaluate: Callable[[], dict]) -> None:
+        """Leave it to the first process, but stop as that one does where the loss is not finite."""
+        if not all(math.isfinite(value) for value in scalars.values()):
+            raise SystemExit(2)
+
+    def finish(self, facts: Callable[[], dict]) -> None:
+        """Leave it to the first process, but for the exit code of a run that was stopped."""
+        if self.step < self.args.num_steps:
+            raise SystemExit(128 + self.stopped[0])
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -1116,18 +1287,21 @@ def train(args: Args) -> Path:
     checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt", SCRIPT) if args.resume else None
     args = resumed_args(args, checkpoint["args"]) if checkpoint else args
     device = pick_device(args.device)
+    join_processes(args, device)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)
     toy = args.dataset in TOYS
-    parts = [load_toy(args.dataset)] if toy else load_images(args.dataset, args.data_dir, args.eval_split)
-    data, *held = (part.to(device) for part in parts)
-    if args.batch_size > len(data):
-        fail(f"--batch-size {args.batch_size} exceeds the {len(data)} training samples of {args.dataset}")
-    run = Run(args, SCRIPT, checkpoint, device)
-    evaluation = Evaluation(args, data, held)
+    with first_process_first():
+        where = args.dataset, args.data_dir, args.eval_split
+        parts = [load_toy(args.dataset)] if toy else load_images(*where)
+        data, *held = (part.to(device) for part in parts)
+        if args.batch_size > len(data):
+            fail(f"--batch-size {args.batch_size} exceeds the {len(data)} training samples of {args.dataset}")
+        run = (Follower if rank() else SharedRun)(args, SCRIPT, checkpoint, device)
+        evaluation = Evaluation(args, data, held)
 
-    generator = make_generator(args.latent_dim, args.channels, toy).to(device)
+    generator = globalise(make_generator(args.latent_dim, args.channels, toy)).to(device)
     averaged = average(generator, args.ema_decay)
     critic = make_critic(args.feature_dim, args.channels, toy, args.spectral_norm, args.feature_scale)
     critic = critic.to(device) if args.encoder == "learned" else nn.Flatten()
@@ -1140,7 +1314,10 @@ def train(args: Args) -> Path:
     bounds = BOUNDS if args.bounded_kernel else None
 
     def latent() -> Tensor:
-        return torch.randn(args.batch_size, args.latent_dim, device=device)
+        return share(torch.randn(args.batch_size, args.latent_dim, device=device))
+
+    def draw_real() -> Tensor:
+        return share(draw_batch(data, args.batch_size))
 
     def update(name: str, loss: Tensor, lr: float) -> None:
         # Learning rates stay, and in the last part of the run fall linearly to zero.
@@ -1149,6 +1326,7 @@ def train(args: Args) -> Path:
         group["lr"] = lr * rate
         optimizers[name].zero_grad()
         loss.backward(inputs=group["params"])  # the generator's loss leaves the critic's weights alone
+        average_gradients(group["params"])
         optimizers[name].step()
 
     def evaluate() -> dict:
@@ -1162,24 +1340,25 @@ def train(args: Args) -> Path:
         # The critic minimises  lambda k_xx - (lambda - 1) k_xy - k_yy  and its regulariser.
         scalars = {}
         for _ in range(args.critic_steps if args.encoder == "learned" else 0):
-            real = draw_batch(data, args.batch_size)
+            real = draw_real()
             with torch.no_grad():
                 fake = generator(latent())
-            h_real, h_fake = critic(torch.cat((real, fake))).chunk(2)
+            h_real, h_fake = map(gather, critic(torch.cat((real, fake))).chunk(2))
             unit, (bandwidths, weights) = kernel.unit(h_real, h_fake), kernel.mixture()
             h_real, h_fake = h_real / unit, h_fake / unit
             means = kernel_means(h_real, h_fake, bandwidths, args.kernel, args.unbiased, weights, bounds)
             loss = scalars["loss_critic"] = critic_loss(*means, args.repulsion)
             if args.gradient_penalty:
-                inputs = critic, unit, real, fake, h_real, h_fake, bandwidths, args.kernel, weights
+                inputs = critic, unit, gather(real), gather(fake), h_real, h_fake
+                inputs = *inputs, bandwidths, args.kernel, weights
                 penalty = scalars["gradient_penalty"] = gradient_penalty(*inputs)
                 loss = loss + args.gradient_penalty * penalty
             update("opt_critic", loss, args.lr_critic)
 
         # The generator minimises MMD^2 in the critic's features, without bounds.
         with torch.no_grad():
-            h_real, (bandwidths, weights) = critic(draw_batch(data, args.batch_size)), kernel.mixture()
-        h_fake = critic(generator(latent()))
+            h_real, (bandwidths, weights) = gather(critic(draw_real())), kernel.mixture()
+        h_fake = gather(critic(generator(latent())))
         unit = kernel.unit(h_real, h_fake)
         mix = bandwidths, args.kernel, args.unbiased, weights
         k_xx, k_yy, k_xy = kernel_means(h_real / unit, h_fake / unit, *mix)

@@ -1,0 +1,125 @@
+"""Two processes with half the batch each do what one does with all of it."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import mmd_gan
+import sinkhorn_gan
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+SMALL = ["--device", "cpu", "--num-eval-samples", "0", "--log-every", "1", "--eval-every", "1000"]
+
+
+def start(script: str, folder: Path, options: list[str], processes: int = 1) -> subprocess.Popen:
+    """The script as a command, run by torchrun where there are several processes."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *SMALL, *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, **pipes)
+
+
+def finished(process: subprocess.Popen, folder: Path) -> tuple[list[dict], dict]:
+    """Lines of metrics.jsonl and checkpoint of a run that ended well, the only one in its folder."""
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    (run,) = (p for p in (folder / "runs").iterdir() if p.is_dir())
+    assert (run / "results.json").is_file()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return lines, torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+# Adam's first steps have the sign of the gradients, so that rounding decides where these are near zero. Hence
+# small rates where some weights have no gradient to speak of; the gradients, which Adam keeps, are compared.
+SLOW = "--lr-generator 1e-8 --lr-critic 1e-8"
+RUNS = {
+    "mmd-learned": (
+        "mmd_gan.py",
+        f"--dataset ring --encoder learned --batch-size 16 --bandwidth-mode learned {SLOW}",
+    ),
+    "mmd-images": ("mmd_gan.py", f"--dataset mnist --batch-size 8 --channels 4 --gradient-penalty 1 {SLOW}"),
+    "sinkhorn-ring": ("sinkhorn_gan.py", "--dataset ring --batch-size 16"),
+    "sinkhorn-images": ("sinkhorn_gan.py", f"--dataset mnist --batch-size 8 --channels 4 {SLOW}"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_are_one(name, tmp_path, tiny_mnist):
+    """The losses of each step are the same to 1e-5, and so are gradients, and moments of normalisation."""
+    script, options = RUNS[name]
+    options = [*options.split(), "--num-steps", "3", "--data-dir", str(tiny_mnist)]
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    processes = [start(script, folder, options, n) for n, folder in enumerate(folders, 1)]
+    (lines, one), (lines_two, two) = map(finished, processes, folders)
+    assert len(lines) == len(lines_two) == 3
+    for line, line_two in zip(lines, lines_two):
+        assert line.keys() == line_two.keys()
+        for key in line.keys() - {"steps_per_second"}:
+            assert line_two[key] == pytest.approx(line[key], rel=1e-5, abs=1e-5), key
+    for name in {"opt_generator", "opt_critic"} & one.keys():
+        means = [state["exp_avg"] for state in one[name]["state"].values()]
+        largest = max(mean.norm() for mean in means)
+        assert largest > 0
+        for mean, state in zip(means, two[name]["state"].values()):
+            assert (mean - state["exp_avg"]).norm() < 1e-3 * mean.norm() + 1e-5 * largest
+    for key, value in one["generator"].items():
+        if "running" in key:
+            torch.testing.assert_close(two["generator"][key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_that_cannot_be_divided(tmp_path):
+    process = start("mmd_gan.py", tmp_path, ["--dataset", "ring", "--batch-size", "15"], 2)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode and "--batch-size 15 cannot be divided among 2 processes" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ctrl_c_stops_all_after_the_same_step(tmp_path):
+    """The signal reaches the other process alone: both stop, the first one saves, and the run resumes."""
+    options = ["--dataset", "ring", "--batch-size", "16", "--num-steps", "1000000", "--eval-every", "1000000"]
+    process = start("sinkhorn_gan.py", tmp_path, options, 2)
+    end = time.monotonic() + 240
+    while not any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    ranks = {}
+    for child in children:
+        text = Path(f"/proc/{child}/environ").read_text()
+        ranks |= {int(n): int(child) for n in re.findall(r"\bRANK=(\d+)", text)}
+    os.kill(ranks[1], signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    (folder,) = (p for p in (tmp_path / "runs").iterdir() if p.is_dir())
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+    assert step and f"stopped after step {step}" in out
+    resumed = start("sinkhorn_gan.py", tmp_path, ["--resume", str(folder), "--num-steps", str(step + 2)])
+    lines, _ = finished(resumed, tmp_path)
+    assert lines[-1]["step"] == step + 2
+
+
+@pytest.mark.parametrize("script", [mmd_gan, sinkhorn_gan], ids=["mmd", "sinkhorn"])
+def test_alone_nothing_changes(script):
+    """Without torchrun a batch is shared with nobody, and batch normalisation is torch's."""
+    x = torch.randn(6, 3, 4, 4, requires_grad=True)
+    assert script.share(x) is x or torch.equal(script.share(x), x)
+    assert script.gather(x) is x and script.rank() == 0 and script.num_processes() == 1
+    plain = nn.BatchNorm2d(3)
+    ours = script.globalise(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))[0]
+    assert type(ours) is script.GlobalBatchNorm2d and ours.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(ours(x), plain(x)) and math.isfinite(ours.running_var.sum())
