@@ -45,9 +45,11 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -370,6 +372,7 @@ def average(model: nn.Module, decay: float) -> AveragedModel:
 # ---------------------------------------------------------------------------------------------------------
 # Loss
 
+ROADS = "auto", "triton", "tiled", "dense"
 TILE = 512  # 512 x 512 float32 pairs are 1 MB: they stay in a core's cache for all the bandwidths
 
 
@@ -395,15 +398,15 @@ def kernel_means(
         weights: (s,) factors of the mixture's parts, 1 by default; a tensor gets gradients.
         bounds: (low, high) of the bounded kernel (Wang et al. 2019, eq. 6): squared distances count as at
             least low within x and as at most high within y, so that pairs beyond are no longer pushed.
-        road: "tiled", one pass over the pairs in memory for n + m points; "dense", plain torch with a matrix
-            per bandwidth, which second derivatives always take; "auto", dense for tensors of bandwidths or
-            weights and tiled for all else.
+        road: "triton", kernels for float32 on CUDA, and "tiled", for all else: passes over the pairs in
+            memory for n + m points; "dense", plain torch with a matrix per bandwidth, which second
+            derivatives always take; "auto", dense for tensors of bandwidths or weights, else what can.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, for fewer than two points in an unbiased
     mean, for bandwidths or bounds that are not positive (tensors are not looked into), and for unknown names.
     """
     check_points(x, y, 2 if unbiased else 1)
-    if kernel not in ("gaussian", "rational_quadratic", "linear") or road not in ("auto", "dense", "tiled"):
+    if kernel not in ("gaussian", "rational_quadratic", "linear") or road not in ROADS:
         raise ValueError(f"unknown kernel {kernel!r} or road {road!r}")
     if kernel == "linear":
         if bounds:
@@ -422,9 +425,10 @@ def kernel_means(
     if road == "dense" or (road == "auto" and not constant):
         return dense_means(x, y, bandwidths, weights, kernel, unbiased, bounds)
     if any(isinstance(v, Tensor) and v.requires_grad for v in (bandwidths, weights)):
-        raise ValueError("road 'tiled' has no gradient for bandwidths and weights; use 'dense' or 'auto'")
+        raise ValueError(f"road {road!r} has no gradient for bandwidths and weights; use 'dense' or 'auto'")
     mix = (tuple(v.tolist() if isinstance(v, Tensor) else v) for v in (bandwidths, weights))
-    return TiledMeans.apply(x, y, *mix, kernel, unbiased, bounds)
+    means = TritonMeans if takes_triton(x, road) else TiledMeans
+    return means.apply(x, y, *mix, kernel, unbiased, bounds)
 
 
 def mmd2(x: Tensor, y: Tensor, bandwidths: tuple[float, ...] | Tensor, **options) -> Tensor:
@@ -566,15 +570,20 @@ class TiledMeans(torch.autograd.Function):
         x, y, d_xx, d_yy, d_xy, d_yx = ctx.saved_tensors
         need = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # create_graph=True: someone wants second derivatives
-            inputs = [v for v, needed in zip((x, y), need) if needed]
-            means = zip(dense_means(x, y, *ctx.options), (g_xx, g_yy, g_xy))
-            means, g_means = zip(*((mean, g) for mean, g in means if mean.requires_grad))
-            grads = torch.autograd.grad(means, inputs, g_means, create_graph=True)
-            grad_x, grad_y = grads[0] if need[0] else None, grads[-1] if need[1] else None
-        else:
-            grad_x = (g_xx * d_xx).addcmul_(g_xy, d_xy) if need[0] else None
-            grad_y = (g_yy * d_yy).addcmul_(g_xy, d_yx) if need[1] else None
+            return dense_gradients(x, y, ctx, g_xx, g_yy, g_xy)
+        grad_x = (g_xx * d_xx).addcmul_(g_xy, d_xy) if need[0] else None
+        grad_y = (g_yy * d_yy).addcmul_(g_xy, d_yx) if need[1] else None
         return grad_x, grad_y, None, None, None, None, None
+
+
+def dense_gradients(x: Tensor, y: Tensor, ctx, *g_means: Tensor) -> tuple:
+    """What a backward pass of kernel_means returns where it is to be differentiated again."""
+    inputs = [v for v, needed in zip((x, y), ctx.needs_input_grad) if needed]
+    means = zip(dense_means(x, y, *ctx.options), g_means)
+    means, g_means = zip(*((mean, g) for mean, g in means if mean.requires_grad))
+    grads = torch.autograd.grad(means, inputs, g_means, create_graph=True)
+    grads = (grads[i] if needed else None for i, needed in zip((0, -1), ctx.needs_input_grad))
+    return *grads, None, None, None, None, None
 
 
 def chain_unit(mix: list, kernel: str) -> float | None:
@@ -670,6 +679,182 @@ def tile_sums(a, b, bandwidths, weights, kernel, low, high, skip_diagonal, need_
     if same:
         d_a, row_sums = d_a + d_bt.T, row_sums + column_sums[:, None]
     return torch.stack(sums).sum(), d_a.addcmul_(row_sums, a, value=-1), (d_bt - column_sums * b.T).T
+
+
+# On CUDA two Triton kernels make the same numbers without a matrix, from the squared distances t of the rows
+# of z = (x, y):
+#     means     k_xx, k_yy, k_xy: sums of k(t) over a quarter of the pairs each
+#     gradient  d_i = sum_j c_ij W(t_ij) (z_j - z_i), with W = -2 dk/dt and c_ij the weight of the pair's mean
+#
+#          x . . . . . y . . . . .     A program of `means` owns a tile of one quarter, and puts its sum in a
+#    x   [ xx : tile | xy : tile ]     place of its own; of xx and yy, tiles below the diagonal are left out. A
+#    .   ========= strip =========     program of `gradient` owns a strip of rows and goes along all columns.
+#    y   [           | yy : tile ]     No sum depends on who comes first: each run gives the same numbers.
+
+
+@cache
+def triton_means() -> tuple:
+    """The kernels `means` and `gradient`, made at their first use: no other road needs Triton."""
+    global tl, load, profile  # where Triton looks for what a kernel names
+    import triton
+    import triton.language as tl
+
+    # fmt: off
+    @triton.jit
+    def load(z, center, first, end, k, d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+        # Rows first, first + 1, ... of z, centred, from coordinate k on; 0 after row `end`: (BLOCK, BLOCK_D).
+        i, j = tl.arange(0, BLOCK), k + tl.arange(0, BLOCK_D)
+        inside = (i < end - first)[:, None] & (j < d)[None, :]
+        values = tl.load(z + tl.cast(first, tl.int64) * d + (i[:, None] * d + j[None, :]), inside, 0.0)
+        return tl.where(inside, values - tl.load(center + j, j < d, 0.0)[None, :], 0.0)
+
+    @triton.jit
+    def profile(z, center, row, row_end, col, col_end, d, mix, parts, low, high, KIND: tl.constexpr,
+                UNBIASED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+        # k and W, (BLOCK, BLOCK) each, of the pairs from (row, col) on; 0 where there is none.
+        dot = tl.zeros((BLOCK, BLOCK), tl.float32)
+        a2, b2 = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for k in range(0, d, BLOCK_D):
+            a = load(z, center, row, row_end, k, d, BLOCK, BLOCK_D)
+            b = load(z, center, col, col_end, k, d, BLOCK, BLOCK_D)
+            dot = tl.dot(a, tl.trans(b), dot, input_precision=PRECISION)
+            a2 += tl.sum(a * a, 1)
+            b2 += tl.sum(b * b, 1)
+        rows, cols = row + tl.arange(0, BLOCK), col + tl.arange(0, BLOCK)
+        same = rows[:, None] == cols[None, :]
+        pair = (rows < row_end)[:, None] & (cols < col_end)[None, :]
+        t = tl.where(same, 0.0, tl.maximum(a2[:, None] + b2[None, :] - 2 * dot, 0.0))
+        pushed = (t > low) & (t < high) & ~same
+        t = tl.minimum(tl.maximum(t, low), high)
+        total, slope = tl.zeros_like(t), tl.zeros_like(t)
+        chain = tl.exp2(tl.load(mix) * t) if KIND == "chain" else t
+        for s in range(parts):
+            unit, weight, last = tl.load(mix + 3 * s), tl.load(mix + 3 * s + 1), tl.load(mix + 3 * s + 2)
+            if KIND == "rational_quadratic":
+                part = weight * tl.exp2(-last * tl.log2(1 + unit * t))
+                slope += part / (1 + unit * t)
+            elif KIND == "chain":  # see chain_unit
+                part = weight * chain
+                slope += last * part
+                chain = (chain * chain) * (chain * chain)
+            else:
+                part = weight * tl.exp2(unit * t)
+                slope += last * part
+            total += part
+        counted = pair & ~same if UNBIASED else pair
+        return tl.where(counted, total, 0.0), tl.where(pair & pushed, slope, 0.0)
+
+    @triton.jit
+    def means(z, centers, mix, sums, n, m, d, parts, low, high, KIND: tl.constexpr, UNBIASED: tl.constexpr,
+              BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+        i, j, quarter = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # quarters: xx, yy, xy
+        row_end, col_end = tl.where(quarter == 1, n + m, n), tl.where(quarter == 0, n, n + m)
+        row, col = tl.where(quarter == 1, n, 0) + i * BLOCK, tl.where(quarter == 0, 0, n) + j * BLOCK
+        low, high = tl.where(quarter == 0, low, -1.0), tl.where(quarter == 1, high, float("inf"))
+        total = 0.0
+        if (j >= i) | (quarter == 2):
+            center = centers + tl.where(quarter == 1, d, 0)
+            k, _ = profile(z, center, row, row_end, col, col_end, d, mix, parts, low, high, KIND, UNBIASED,
+                           BLOCK, BLOCK_D, PRECISION)
+            total = tl.sum(k) * tl.where((quarter < 2) & (j > i), 2.0, 1.0)
+        tl.store(sums + (quarter * tl.num_programs(0) + i) * tl.num_programs(1) + j, total)
+
+    @triton.jit
+    def gradient(z, centers, mix, factors, out, n, m, d, parts, low, high, KIND: tl.constexpr,
+                 UNBIASED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, OUT_D: tl.constexpr,
+                 PRECISION: tl.constexpr):
+        strip, strips, k = tl.program_id(0), tl.cdiv(n, BLOCK), tl.program_id(1) * OUT_D
+        in_y = strip >= strips
+        row, row_end = tl.where(in_y, n + (strip - strips) * BLOCK, strip * BLOCK), tl.where(in_y, n + m, n)
+        grad = tl.zeros((BLOCK, OUT_D), tl.float32)
+        for side in range(2):  # columns of x, of y
+            quarter = tl.where((side == 1) != in_y, 2, side)
+            center, col_end = centers + tl.where(quarter == 1, d, 0), n + side * m
+            least, most = tl.where(quarter == 0, low, -1.0), tl.where(quarter == 1, high, float("inf"))
+            pulled, weight = tl.zeros((BLOCK, OUT_D), tl.float32), tl.zeros((BLOCK,), tl.float32)
+            for col in range(side * n, col_end, BLOCK):
+                _, w = profile(z, center, row, row_end, col, col_end, d, mix, parts, least, most, KIND,
+                               UNBIASED, BLOCK, BLOCK_D, PRECISION)
+                b = load(z, center, col, col_end, k, d, BLOCK, OUT_D)
+                pulled = tl.dot(w, b, pulled, input_precision=PRECISION)
+                weight += tl.sum(w, 1)
+            own = load(z, center, row, row_end, k, d, BLOCK, OUT_D)
+            grad += tl.load(factors + quarter) * (pulled - weight[:, None] * own)
+        i, k = tl.arange(0, BLOCK), k + tl.arange(0, OUT_D)
+        inside = (i < row_end - row)[:, None] & (k < d)[None, :]
+        tl.store(out + tl.cast(row, tl.int64) * d + (i[:, None] * d + k[None, :]), grad, inside)
+
+    # fmt: on
+    return means, gradient
+
+
+class TritonMeans(torch.autograd.Function):
+    """kernel_means by Triton kernels, a pass for the value and one for the gradients; no matrix is kept."""
+
+    @staticmethod
+    def forward(ctx, x, y, bandwidths, weights, kernel, unbiased, bounds):
+        n, m, d, (low, high) = len(x), len(y), x.shape[1], bounds or (-1.0, math.inf)
+        z, centers = torch.cat((x, y)), torch.stack((x.mean(0), y.mean(0)))  # centred as in squared_distances
+        mix, kind = mixture_table(bandwidths, weights, kernel, x.device)
+        ctx.options = bandwidths, weights, kernel, unbiased, bounds
+        ctx.sizes = n, m, d, len(bandwidths), float(low), float(high), kind, unbiased
+        tiles, block_d = -(-max(n, m) // 64), 16 if d <= 16 else 32
+        sums = x.new_empty(3, tiles, tiles)
+        launch, options = triton_means()[0][(tiles, tiles, 3)], {"num_warps": 4, "num_stages": 1}
+        launch(z, centers, mix, sums, *ctx.sizes, 64, block_d, dot_precision(x), **options)
+        ctx.save_for_backward(x, y, z, centers, mix)
+        xx, yy, xy = sums.sum((1, 2))
+        return xx / pairs(n, unbiased), yy / pairs(m, unbiased), xy / (n * m)
+
+    @staticmethod
+    def backward(ctx, g_xx, g_yy, g_xy):
+        x, y, z, centers, mix = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: someone wants second derivatives
+            return dense_gradients(x, y, ctx, g_xx, g_yy, g_xy)
+        n, m, d, *_, unbiased = ctx.sizes
+        factors = g_xx * (2 / pairs(n, unbiased)), g_yy * (2 / pairs(m, unbiased)), g_xy / (n * m)
+        out, factors = torch.empty_like(z), torch.stack(factors)
+        out_d = 16 if d <= 16 else 64 if d <= 64 else 128
+        launch = triton_means()[1][(-(-n // 32) - (-m // 32), -(-d // out_d))]
+        # With these blocks, warps and stages the compiler keeps all in registers (tests/test_triton.py).
+        options = {"num_warps": 4 if out_d <= 64 else 8, "num_stages": 1}
+        launch(z, centers, mix, factors, out, *ctx.sizes, 32, 16, out_d, dot_precision(x), **options)
+        grads = (g if needed else None for g, needed in zip(out.split((n, m)), ctx.needs_input_grad))
+        return *grads, None, None, None, None, None
+
+
+@lru_cache(maxsize=64)
+def mixture_table(bandwidths: tuple, weights: tuple, kernel: str, device: torch.device) -> tuple[Tensor, str]:
+    """What the kernels read of a mixture, (s, 3), on the device from the first time on; and their KIND."""
+    mix, log2_e = sorted(zip(bandwidths, weights), reverse=True), math.log2(math.e)
+    if kernel == "gaussian":
+        rows = [(-log2_e / (2 * s * s), w, 1 / (s * s)) for s, w in mix]
+    else:
+        rows = [(1 / (2 * s), w, s) for s, w in mix]
+    return torch.tensor(rows, device=device), "chain" if chain_unit(mix, kernel) else kernel
+
+
+def takes_triton(x: Tensor, road: str) -> bool:
+    """Whether Triton's kernels are to run: where they can, for float32 on CUDA, or if the road says so.
+
+    Where Triton is missing, or has no such device, it warns, and another road gives the same numbers.
+    """
+    if road != "triton" and not (road == "auto" and x.is_cuda and x.dtype == torch.float32):
+        return False
+    lacks = "Triton is not installed" if find_spec("triton") is None else ""
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        lacks = f"Triton has no {x.device.type}"
+    lacks = lacks or ("" if x.dtype == torch.float32 else f"Triton's kernels take float32, not {x.dtype}")
+    if lacks:
+        warnings.warn(f"{lacks}; the loss takes a slower road", stacklevel=3)
+    return not lacks
+
+
+def dot_precision(x: Tensor) -> str:
+    """How the kernels multiply: TF32 if torch may, else three TF32 products, which are as good as float32."""
+    if not x.is_cuda or torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -48,10 +48,12 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -374,6 +376,7 @@ def average(model: nn.Module, decay: float) -> AveragedModel:
 # (Peyre and Cuturi 2019, proposition 4.4). At the maximum f_i = -eps log sum_j b_j exp((g_j - C_ij) / eps),
 # and likewise g from f: Sinkhorn's half-steps. While iterated, potentials are in units of eps ln 2, for 2^x.
 
+ROADS = "auto", "triton", "dense", "blocked"
 DENSE = 2**26  # pairs, up to which the kernel is kept as one matrix: 256 MB of float32
 BLOCK = 2**20  # pairs in a block of rows on the road that keeps no matrix: 4 MB of float32
 RANGE = 40.0  # log2 of the scalings for which float32, which ends at 2^-126, has room
@@ -409,7 +412,8 @@ def sinkhorn_potentials(
 
     Args:
         x, y: points, float32 or float64, on one device.
-        eps: the entropy's weight in (1), in the units of the cost; GeomLoss's blur^2, POT's reg.
+        eps: the entropy's weight in (1), in the units of the cost, a number or a tensor with one; GeomLoss's
+            blur^2, POT's reg.
         a, b: weights (n,) and (m,), not negative, that sum to one; uniform by default.
         cost: "euclidean", |x - y|^2 / 2 (GeomLoss's p=2); "cosine", 1 - cos(x, y), which is the same cost on
             normalised vectors.
@@ -418,7 +422,9 @@ def sinkhorn_potentials(
         max_iterations: stop after so many, whatever the error (an iteration is two half-steps).
         init: potentials to start from, such as those of nearly the same points; else zero.
         return_info: return also {"error": the marginal error reached, "iterations": their number}.
-        road: "dense", with an n x m matrix; "blocked", in memory for n + m points; "auto", by size.
+        road: "triton", kernels for float32 on CUDA in memory for n + m points, over-relaxed instead of
+            annealed and extrapolated; "dense", with an n x m matrix; "blocked", in memory for n + m points;
+            "auto", the first that can, by size.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, for no points, coordinates that are not
     finite, eps, tol or max_iterations that are not positive, weights that are negative or do not sum to one
@@ -433,7 +439,7 @@ def sinkhorn_potentials(
         # f follows from g; transport takes that of the centred clouds.
         start = init[1].to(y) + (y - b @ y) @ (a @ x - b @ y)
     plan = transport(x, y, eps, a, b, tol, max_iterations, road, start)
-    info = {"error": plan.error, "iterations": plan.count}
+    info = {"error": float(plan.error), "iterations": int(plan.count)} if return_info else {}
     return (plan.f, plan.g, info) if return_info else (plan.f, plan.g)
 
 
@@ -579,28 +585,29 @@ def checked(x, y, eps, a, b, cost, tol, max_iterations, road, unroll=False) -> t
         raise ValueError(
             f"this loss needs float32: call it under torch.autocast({x.device.type!r}, enabled=False)"
         )
-    if cost not in ("euclidean", "cosine") or road not in ("auto", "dense", "blocked"):
+    if cost not in ("euclidean", "cosine") or road not in ROADS:
         raise ValueError(f"unknown cost {cost!r} or road {road!r}")
-    if unroll and road == "blocked":
-        raise ValueError("road 'blocked' keeps no matrices to unroll; take 'dense' or 'auto'")
+    if unroll and road in ("triton", "blocked"):
+        raise ValueError(f"road {road!r} keeps no matrices to unroll; take 'dense' or 'auto'")
+    looks = not (x.is_cuda and torch.cuda.is_current_stream_capturing())  # while recorded there is no value
     for name, value in (("eps", eps), ("tol", tol), ("max_iterations", max_iterations)):
-        if not 0 < value < math.inf:
+        if looks and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, not {value}")
     weights = []
     for name, p, w in (("x", x.detach(), a), ("y", y.detach(), b)):
         norm = p.norm(dim=1)
-        if not norm.isfinite().all():
+        if looks and not norm.isfinite().all():
             point = p[~norm.isfinite()][0]
             worst = point[point.nan_to_num(math.inf, math.inf, -math.inf).abs().argmax()].item()
             raise ValueError(f"{name} and its squares must be finite, but it holds {worst}")
-        if cost == "cosine" and not norm.all():
+        if looks and cost == "cosine" and not norm.all():
             raise ValueError(f"cost 'cosine' is not defined for vectors of length 0.0, and {name} holds one")
         if w is None:
             w = p.new_full((len(p),), 1 / len(p))
         elif w.shape != (len(p),) or w.dtype != p.dtype or w.device != p.device or w.requires_grad:
             kind = f"{tuple(w.shape)} {w.dtype} on {w.device} with requires_grad={w.requires_grad}"
             raise ValueError(f"weights of {name} must be ({len(p)},) {p.dtype} without gradient, not {kind}")
-        elif not (w.min() >= 0 and abs(w.sum() - 1) < 1e-4):
+        elif looks and not (w.min() >= 0 and abs(w.sum() - 1) < 1e-4):
             low, total = w.min().item(), w.sum().item()
             raise ValueError(f"weights of {name} must be >= 0 with sum 1, not with least {low}, sum {total}")
         weights.append(w / w.sum())
@@ -629,7 +636,10 @@ def transport(x, y, eps, a, b, tol, max_iterations, road, start=None, need=(Fals
     With both clouds centred the cost changes by terms in x and y alone, C = C' + x'.t - y'.t + |t|^2 / 2 for
     t = mean x - mean y. So the plan stays, and however far apart the clouds are no digits are lost.
     """
-    same = x is y and start is None and torch.equal(a, b)
+    same = x is y and start is None and (a is b or torch.equal(a, b))
+    if takes_triton(x, road):
+        return triton_transport(x, y, eps, a, b, tol, max_iterations, start, need, same)
+    eps = float(eps)
     mean_x, mean_y = a @ x, b @ y
     x, y, t = x - mean_x, y - mean_y, mean_x - mean_y
     a, b = a.clamp(min=1e-18), b.clamp(min=1e-18)  # log 0 never occurs, and the sums stay what they were
@@ -813,6 +823,240 @@ def unrolled_cost(x, y, eps, a, b, tol, max_iterations) -> Tensor:
     if same:  # (2) without its last term, which is 0 after a half-step, is true of f made from g
         f = -eps * ((g - cost) / eps + log_b).logsumexp(1)
     return a @ f + b @ g + (a @ x - b @ y) @ t + t @ t / 2
+
+
+# On CUDA Triton kernels take the half-steps, in the log domain and without a matrix. With s = log2(e) / eps,
+# and p = f / (eps ln 2) - s |x|^2 / 2 at x and likewise with g at y, the squares in the costs cancel: for points
+# z = (x, y) of weights w, rows i of one cloud follow from columns j of the other by
+#     p_i = -log2 sum_j w_j 2^(s z_i.z_j + p_j)                                                            (3)
+#
+#           columns ->                     A program owns strips of rows, goes along the columns, and keeps of
+#    rows  [ tile | tile | tile ] -> p_i   each row the largest exponent yet and the sum of powers below it, as
+#      |   [ ...... strip ..... ] -> p_i   attention does. Of few points one program takes all strips and all
+#      v   [ tile | tile | tile ] -> p_i   half-steps; of more, a launch takes one half-step.
+
+BIG = 1e30  # an error that has not been measured
+
+
+@cache
+def triton_sinkhorn() -> tuple:
+    """The kernels `iterate` and `finish`, made at their first use: no other road needs Triton."""
+    global tl, load, soft_rows  # where Triton looks for what a kernel names
+    import triton
+    import triton.language as tl
+
+    # fmt: off
+    @triton.jit
+    def load(z, first, end, k, d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+        # Rows first, first + 1, ... of z from coordinate k on; 0 from row `end` on: (BLOCK, BLOCK_D).
+        i, j = tl.arange(0, BLOCK), k + tl.arange(0, BLOCK_D)
+        inside = (i < end - first)[:, None] & (j < d)[None, :]
+        return tl.load(z + tl.cast(first, tl.int64) * d + (i[:, None] * d + j[None, :]), inside, 0.0)
+
+    @triton.jit
+    def soft_rows(rows, cols, log_w, p, scale, row, n, m, d, out_k, BLOCK: tl.constexpr,
+                  BLOCK_D: tl.constexpr, OUT_D: tl.constexpr, PRECISION: tl.constexpr):
+        # (3) for rows row, row + 1, ... of n, from m columns; and, if OUT_D, coordinates out_k, ... of the
+        # columns' means, weighted by the terms of the sum.
+        top, total = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        mean = tl.zeros((BLOCK, max(OUT_D, 16)), tl.float32)
+        for col in range(0, m, 64):
+            dot = tl.zeros((BLOCK, 64), tl.float32)
+            for k in range(0, d, BLOCK_D):
+                a, b = load(rows, row, n, k, d, BLOCK, BLOCK_D), load(cols, col, m, k, d, 64, BLOCK_D)
+                dot = tl.dot(a, tl.trans(b), dot, input_precision=PRECISION)
+            j = col + tl.arange(0, 64)
+            bias = tl.load(log_w + j, j < m, float("-inf")) + tl.load(p + j, j < m, 0.0)
+            t = scale * dot + bias[None, :]
+            new = tl.maximum(top, tl.max(t, 1))
+            power, fade = tl.exp2(t - new[:, None]), tl.exp2(top - new)
+            top, total = new, total * fade + tl.sum(power, 1)
+            if OUT_D:
+                b = load(cols, col, m, out_k, d, 64, OUT_D)
+                mean = tl.dot(power, b, mean * fade[:, None], input_precision=PRECISION)
+        return -(top + tl.log2(total)), mean / total[:, None]
+
+    @triton.jit
+    def iterate(z, log_w, p, errors, counts, scale, n, m, d, tol, first, steps, SELF: tl.constexpr,
+                BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+        # Half-steps first, first + 1, ... of a chunk; counts: how many came before it, and in all. errors
+        # (., programs): row h + 2 is the error that half-step h finds, row h + 3 the one it leaves. SELF: y is
+        # x, p two vectors (n,) in turn, each step is damped; else the even half-steps take the rows of x.
+        program, programs = tl.program_id(0), tl.num_programs(0)
+        s, before, lane = tl.load(scale), tl.load(counts), tl.arange(0, 1024)
+        h, last = tl.cast(first, tl.int32), tl.cast(first, tl.int32) + steps
+        error = tl.sum(tl.load(errors + (h + 2) * programs + lane, lane < programs, 0.0))
+        while (h < last) & (error > tol):
+            k = before + h
+            if SELF:
+                row_first, row_count, col_first, col_count = 0, n, 0, n
+                source, target = (h % 2) * n, (1 - h % 2) * n
+                step = tl.where(k % 2 == 0, 0.8723, 0.5395)  # see iterate_self
+            else:
+                even = h % 2 == 0
+                row_first, row_count = tl.where(even, 0, n), tl.where(even, n, m)
+                col_first, col_count = tl.where(even, n, 0), tl.where(even, m, n)
+                source, target = 0, 0
+                # Over-relaxation (Thibault et al. 2017), more and more of it, unless the error grows.
+                older = tl.sum(tl.load(errors + h * programs + lane, lane < programs, 0.0))
+                step = tl.where((k < 6) | (error > 1.3 * older), 1.0, tl.minimum(1.9, 2 - 4 / (k // 2 + 2.0)))
+            partial = 0.0
+            for row in range(program * BLOCK, row_count, programs * BLOCK):
+                rows, cols = z + tl.cast(row_first, tl.int64) * d, z + tl.cast(col_first, tl.int64) * d
+                new, _ = soft_rows(rows, cols, log_w + col_first, p + source + col_first, s, row, row_count,
+                                   col_count, d, 0, BLOCK, BLOCK_D, 0, PRECISION)
+                i = row + tl.arange(0, BLOCK)
+                inside = i < row_count
+                old = tl.load(p + source + row_first + i, inside, 0.0)
+                weight = tl.exp2(tl.load(log_w + row_first + i, inside, float("-inf")))
+                off = tl.exp2(tl.minimum(old - new, 60.0)) - 1  # of the plan's marginal, as a share
+                partial += tl.sum(tl.where(inside, weight * tl.abs(off), 0.0))
+                tl.store(p + target + row_first + i, old + step * (new - old), inside)
+            if SELF:
+                partial = 2 * partial
+            else:  # the rows of x have no error of their own: that of their potentials is the columns'
+                partial = tl.where(h % 2 == 0, tl.load(errors + (h + 2) * programs + program), partial)
+            tl.store(errors + (h + 3) * programs + program, partial)
+            tl.debug_barrier()
+            h += 1
+            error = tl.sum(tl.load(errors + (h + 2) * programs + lane, lane < programs, 0.0))
+            if program == 0:
+                tl.store(counts + 1, before + h)
+        if h < last:  # it has converged before: hand on what there is
+            tl.store(errors + (last + 2) * programs + program, tl.load(errors + (h + 2) * programs + program))
+            if SELF and (last - h) % 2 == 1:
+                for row in range(program * BLOCK, n, programs * BLOCK):
+                    i = row + tl.arange(0, BLOCK)
+                    tl.store(p + (last % 2) * n + i, tl.load(p + (h % 2) * n + i, i < n), i < n)
+
+    @triton.jit
+    def finish(rows, cols, log_w, p, out, means, scale, n, m, d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+               OUT_D: tl.constexpr, PRECISION: tl.constexpr):
+        row, k = tl.program_id(0) * BLOCK, tl.program_id(1) * OUT_D
+        new, mean = soft_rows(rows, cols, log_w, p, tl.load(scale), row, n, m, d, k, BLOCK, BLOCK_D, OUT_D,
+                              PRECISION)
+        i = tl.arange(0, BLOCK)
+        tl.store(out + row + i, new, i < n - row)
+        if OUT_D:
+            k += tl.arange(0, OUT_D)
+            inside = (i < n - row)[:, None] & (k < d)[None, :]
+            tl.store(means + tl.cast(row, tl.int64) * d + (i[:, None] * d + k[None, :]), mean, inside)
+
+    # fmt: on
+    return iterate, finish
+
+
+class TritonLoop:
+    """Buffers of a problem of n and m points, or of n with themselves, and the launches that iterate on them.
+
+    Of few points one launch does all half-steps. Else CHUNK of them are a CUDA graph from the second use on,
+    and the host looks at the error once in a chunk; while a graph is recorded around it, it never looks.
+    """
+
+    CHUNK = 32
+
+    def __init__(self, n: int, m: int, d: int, same: bool, tol: float, device: torch.device):
+        self.n, self.m, self.d, self.same, self.tol, most = n, m, d, same, tol, max(n, m)
+        size, new = n if same else n + m, partial(torch.empty, device=device)
+        self.z, self.log_w, self.p = new(size, d), new(size), new(2 * n if same else size)
+        self.block = 64 if most <= 128 or most > 8192 else 16 if most <= 2048 else 32
+        self.programs = 1 if most <= 128 else min(-(-most // self.block), 1024)
+        self.errors, self.counts = new(self.CHUNK + 3, self.programs), new(2, dtype=torch.int32)
+        self.scale, self.graph, self.used = new(()), None, False
+
+    def launch(self, steps: int) -> None:
+        """The next half-steps, so many."""
+        at_once = steps if self.programs == 1 else 1
+        buffers = self.z, self.log_w, self.p, self.errors, self.counts, self.scale
+        kernel = self.same, self.block, 16 if self.d <= 16 else 32, dot_precision(self.z)
+        sizes, options = (self.n, self.m, self.d, self.tol), {"num_warps": 4, "num_stages": 1}
+        for first in range(0, steps, at_once):
+            triton_sinkhorn()[0][(self.programs,)](*buffers, *sizes, first, at_once, *kernel, **options)
+        self.errors[:3] = self.errors[steps : steps + 3].clone()
+        self.counts[0] += steps
+
+    def run(self, max_iterations: int) -> Tensor:
+        """Iterate on p; returns the potential g (m,) in the units of (3), a part of p."""
+        recording = self.z.is_cuda and torch.cuda.is_current_stream_capturing()
+        done, total = 0, max_iterations * (1 if self.same else 2)
+        self.errors.fill_(BIG)
+        self.counts.zero_()
+        if self.used and self.z.is_cuda and self.programs > 1 and not self.graph and not recording:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.launch(self.CHUNK)
+        while done < total:
+            steps = min(self.CHUNK, total - done)
+            self.graph.replay() if self.graph and steps == self.CHUNK else self.launch(steps)
+            done += steps
+            if done < total and not recording and self.errors[2].sum().item() <= self.tol:
+                break
+        self.used = True
+        return self.p[done % 2 * self.n :][: self.n] if self.same else self.p[self.n :]
+
+    def finish(self, rows: Tensor, cols: Tensor, log_w: Tensor, p: Tensor, need: bool) -> tuple:
+        """(3) for all rows, (n,), and, if there is need of it, the means of the columns (n, d)."""
+        out_d = (16 if self.d <= 16 else 64 if self.d <= 64 else 128) if need else 0
+        out, means = torch.empty_like(rows[:, 0]), torch.empty_like(rows) if need else rows
+        grid = -(-len(rows) // 32), -(-self.d // out_d) if need else 1
+        # With these blocks, warps and stages the compiler keeps all in registers (tests/test_triton.py).
+        options = {"num_warps": 8 if out_d > 64 else 4, "num_stages": 1}
+        launch, sizes = triton_sinkhorn()[1][grid], (len(rows), len(cols), self.d, 32, 16, out_d)
+        launch(rows, cols, log_w, p, out, means, self.scale, *sizes, dot_precision(rows), **options)
+        return out, means
+
+
+triton_loop = lru_cache(maxsize=16)(TritonLoop)  # of the sizes used last
+
+
+def triton_transport(x, y, eps, a, b, tol, max_iterations, start, need, same) -> Plan:
+    """transport by the kernels. Errors and counts are tensors, and eps may be one: no step waits for them."""
+    n, recording = len(x), x.is_cuda and torch.cuda.is_current_stream_capturing()
+    make = TritonLoop if recording or n + len(y) > 2**15 else triton_loop  # a graph has memory of its own
+    loop = make(n, len(y), x.shape[1], same, tol / 2, x.device)  # tol / 2: over-relaxed rows are not exact
+    mean_x, mean_y = a @ x, b @ y
+    torch.sub(x, mean_x, out=loop.z[:n])
+    torch.sub(y, mean_y, out=loop.z[-len(y) :])
+    t, x, y, a, b = mean_x - mean_y, loop.z[:n], loop.z[-len(y) :], a.clamp(min=1e-18), b.clamp(min=1e-18)
+    x2, y2 = x.square().sum(1) / 2, y.square().sum(1) / 2
+    scale = loop.scale.fill_(math.log2(math.e)).div_(eps)
+    loop.log_w[:n], loop.log_w[-len(y) :] = a.log2(), b.log2()
+    loop.p[: -len(y)] = 0
+    (loop.p[:n] if same else loop.p[n:]).copy_(-scale * y2 if start is None else scale * (start - y2))
+    v = loop.run(max_iterations)
+    u, p_y = loop.finish(x, y, loop.log_w[-len(y) :], v, need[0])
+    again, p_x = loop.finish(y, x, loop.log_w[:n], u, need[1])
+    f, g, error = eps * math.log(2) * u + x2, eps * math.log(2) * v + y2, b @ ((v - again).exp2() - 1).abs()
+    value = a @ f + b @ g + (a @ x - b @ y) @ t + t @ t / 2
+    grad_x = p_y.neg_().add_(x + t).mul_(a[:, None]) if need[0] else None
+    grad_y = p_x.neg_().add_(y - t).mul_(b[:, None]) if need[1] else None
+    moved = ((grad_x * x).sum() + (grad_y * y).sum() + t @ t) / 2 if all(need) else None
+    f, g = f + x @ t + t @ t / 2, g - y @ t
+    shift, count = (b @ g - a @ f) / 2, loop.counts[1] if same else (loop.counts[1] + 1) // 2
+    return Plan(f + shift, g - shift, value, moved, grad_x, grad_y, error, count.clone())
+
+
+def takes_triton(x: Tensor, road: str) -> bool:
+    """Whether Triton's kernels are to run: where they can, for float32 on CUDA, or if the road says so.
+
+    Where Triton is missing, or has no such device, it warns, and another road gives the same numbers.
+    """
+    if road != "triton" and not (road == "auto" and x.is_cuda and x.dtype == torch.float32):
+        return False
+    lacks = "Triton is not installed" if find_spec("triton") is None else ""
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        lacks = f"Triton has no {x.device.type}"
+    lacks = lacks or ("" if x.dtype == torch.float32 else f"Triton's kernels take float32, not {x.dtype}")
+    if lacks:
+        warnings.warn(f"{lacks}; the loss takes a slower road", stacklevel=3)
+    return not lacks
+
+
+def dot_precision(x: Tensor) -> str:
+    """How the kernels multiply: TF32 if torch may, else three TF32 products, which are as good as float32."""
+    if not x.is_cuda or torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 # ---------------------------------------------------------------------------------------------------------
