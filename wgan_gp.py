@@ -303,12 +303,20 @@ def make_critic(feature_dim: int, channels: int, toy: bool, spectral_norm: bool,
 
 def average(model: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of a model and its buffers, with a shorter memory in the first steps."""
+    averaged = AveragedModel(model, use_buffers=True)
 
-    def update(averages: list, values: list, count: Tensor) -> None:
-        if averages[0].is_floating_point():  # a list holds one dtype; batch normalisation's counters stay
-            torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+    @torch.no_grad()
+    def update(model: nn.Module) -> None:
+        pairs = zip(averaged.module.state_dict().values(), model.state_dict().values())
+        averages, values = zip(*((a, v) for a, v in pairs if a.is_floating_point()))  # no counters
+        # At update n what is kept is min(decay, (1 + n) / (10 + n)), and at the first one nothing.
+        n = averaged.n_averaged
+        weight = (torch.full_like(n, 9) / (n + 10)).clamp(min=1 - decay).masked_fill(n == 0, 1)
+        torch._foreach_lerp_(averages, values, [weight] * len(averages))
+        n += 1
 
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    averaged.update_parameters = update  # torch's own reads the count, for which the host would wait
+    return averaged
 
 
 # ---------------------------------------------------------------------------------------------------------
