@@ -209,10 +209,10 @@ def augment(images: Tensor) -> Tensor:
     Differentiable in the images, so that generated ones can go the same way as real ones. On CUDA gradients
     are sums in no fixed order: there a run repeats itself, or resumes, up to rounding.
     """
-    n, dtype, device = len(images), images.dtype, images.device
     # Up to 7.5 degrees, a shear of 0.1, a scale in [0.93, 1.07] and a shift of 1.5 of the 28 pixels.
-    ranges = torch.tensor((math.pi / 24, 0.1, 0.07, 0.07, 1.5 / 14, 1.5 / 14), dtype=dtype, device=device)
-    angle, shear, wide, high, right, down = ((2 * torch.rand(n, 6, device=device) - 1) * ranges).unbind(1)
+    ranges = math.pi / 24, 0.1, 0.07, 0.07, 1.5 / 14, 1.5 / 14
+    draws = (2 * torch.rand(len(images), 6, device=images.device) - 1).to(images.dtype).unbind(1)
+    angle, shear, wide, high, right, down = (draw * limit for draw, limit in zip(draws, ranges))
     wide, high, cos, sin = wide.exp(), high.exp(), angle.cos(), angle.sin()
     rows = (wide * cos, wide * (shear * cos - sin), right), (high * sin, high * (shear * sin + cos), down)
     theta = torch.stack([torch.stack(row, 1) for row in rows], 1)  # (n, 2, 3), output to input places
