@@ -77,6 +77,8 @@ class Args:
     """ask torch for deterministic algorithms where it has them"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where to train; auto takes CUDA, then MPS, then the CPU"""
+    compile: bool = True
+    """on CUDA: record a training step as a CUDA graph and replay it; elsewhere nothing"""
     track: bool = False
     """log to Weights & Biases as well"""
     wandb_project_name: str = "minimal-gans"
@@ -273,10 +275,10 @@ def augment(images: Tensor) -> Tensor:
     Differentiable in the images, so that generated ones can go the same way as real ones. On CUDA gradients
     are sums in no fixed order: there a run repeats itself, or resumes, up to rounding.
     """
-    n, dtype, device = len(images), images.dtype, images.device
     # Up to 7.5 degrees, a shear of 0.1, a scale in [0.93, 1.07] and a shift of 1.5 of the 28 pixels.
-    ranges = torch.tensor((math.pi / 24, 0.1, 0.07, 0.07, 1.5 / 14, 1.5 / 14), dtype=dtype, device=device)
-    angle, shear, wide, high, right, down = ((2 * torch.rand(n, 6, device=device) - 1) * ranges).unbind(1)
+    ranges = math.pi / 24, 0.1, 0.07, 0.07, 1.5 / 14, 1.5 / 14
+    draws = (2 * torch.rand(len(images), 6, device=images.device) - 1).to(images.dtype).unbind(1)
+    angle, shear, wide, high, right, down = (draw * limit for draw, limit in zip(draws, ranges))
     wide, high, cos, sin = wide.exp(), high.exp(), angle.cos(), angle.sin()
     rows = (wide * cos, wide * (shear * cos - sin), right), (high * sin, high * (shear * sin + cos), down)
     theta = torch.stack([torch.stack(row, 1) for row in rows], 1)  # (n, 2, 3), output to input places
@@ -284,7 +286,7 @@ def augment(images: Tensor) -> Tensor:
     return F.grid_sample(images + 1, grid, align_corners=False) - 1
 
 
-def paste_patches(images: Tensor, share: float) -> Tensor:
+def paste_patches(images: Tensor, share: float | Tensor) -> Tensor:
     """Images (n, 1, h, w) of which that share, at random, shows a patch of another one, the lighter of both.
 
     The patch is a rectangle of 4 to 8 pixels a side and stays where it was. A stroke too many then does not
@@ -378,12 +380,20 @@ def hold_statistics(model: nn.Module, hold: bool) -> None:
 
 def average(model: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of a model and its buffers, with a shorter memory in the first steps."""
+    averaged = AveragedModel(model, use_buffers=True)
 
-    def update(averages: list, values: list, count: Tensor) -> None:
-        if averages[0].is_floating_point():  # a list holds one dtype; batch normalisation's counters stay
-            torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+    @torch.no_grad()
+    def update(model: nn.Module) -> None:
+        pairs = zip(averaged.module.state_dict().values(), model.state_dict().values())
+        averages, values = zip(*((a, v) for a, v in pairs if a.is_floating_point()))  # no counters
+        # At update n what is kept is min(decay, (1 + n) / (10 + n)), and at the first one nothing.
+        n = averaged.n_averaged
+        weight = (torch.full_like(n, 9) / (n + 10)).clamp(min=1 - decay).masked_fill(n == 0, 1)
+        torch._foreach_lerp_(averages, values, [weight] * len(averages))
+        n += 1
 
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    averaged.update_parameters = update  # torch's own reads the count, for which the host would wait
+    return averaged
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -618,7 +628,7 @@ def load_checkpoint(path: Path, script: str) -> dict:
 
 def resumed_args(args, saved: dict):
     """The saved arguments, updated by the options that were given and that a resumed run may change."""
-    free = "num_steps eval_every log_every num_eval_samples device track data_dir run_dir resume"
+    free = "num_steps eval_every log_every num_eval_samples device compile track data_dir run_dir resume"
     default = {field.name: field.default for field in dataclasses.fields(args)}
     typed = {a.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for a in sys.argv[1:]}
     given = {k: v for k, v in vars(args).items() if v != default[k] or k in typed}
@@ -898,12 +908,68 @@ class Run:
 # Training
 
 
+class Recorded:
+    """A training step that is recorded as a CUDA graph and replayed: one launch in place of hundreds.
+
+    What differs from step to step is in tensors, or in the kind with which it is called: each kind has its
+    graph, whose scalars are always the same tensors. Where that is not enabled the step runs as it is.
+    """
+
+    warmup = 3  # plain steps of a kind come first: libraries load their kernels, Adam makes its state
+
+    def __init__(self, step: Callable[..., dict], device: torch.device, enabled: bool, *optimizers):
+        cuda = device.type == "cuda"
+        self.step, self.device, self.enabled = step, device, cuda and enabled
+        self.calls, self.graphs, self.scalars = {}, {}, {}
+        self.stream = torch.cuda.Stream(device) if self.enabled else None
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            # A graph reads the rate from a tensor. A checkpoint may have been written on another device.
+            group |= {"capturable": cuda, "lr": torch.zeros((), device=device) if cuda else 0.0}
+
+    def __call__(self, *kind) -> dict[str, Tensor]:
+        """Do a step of that kind; returns its scalars."""
+        if not self.enabled:
+            return self.step(*kind)
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if self.calls[kind] == self.warmup + 1:
+                self.record(kind)
+            if kind in self.scalars:
+                self.graphs[kind].replay()
+            scalars = self.scalars[kind] if kind in self.scalars else self.step(*kind)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return scalars
+
+    def record(self, kind: tuple) -> None:
+        """Record a step of that kind without doing it, or say why it cannot be done and do without."""
+        self.graphs[kind], rng = torch.cuda.CUDAGraph(), torch.cuda.get_rng_state(self.device)
+        try:
+            with torch.cuda.graph(self.graphs[kind], stream=self.stream):
+                scalars = self.step(*kind)
+            self.scalars[kind] = {name: value.detach() for name, value in scalars.items()}
+        except Exception as error:
+            why = error.__context__ or error  # on leaving the graph another error follows the first
+            print(f"no CUDA graph ({why!r:.200}); the run goes on step by step", file=sys.stderr)
+            self.enabled = False
+            # torch's generator still waits for the end of the recording: give it a new state, as it was.
+            state = torch.Generator(self.device).set_state(rng)
+            torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(state)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, *rates: float) -> None:
+    """Set the learning rates of an optimizer's groups, in place where a graph reads them."""
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+
+
 def train(args: Args) -> Path:
     """Train, evaluate and save; returns the run folder."""
     checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt", SCRIPT) if args.resume else None
     args = resumed_args(args, checkpoint["args"]) if checkpoint else args
     device = pick_device(args.device)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)
     parts = load_images(args.dataset, args.data_dir, args.eval_split)
@@ -926,21 +992,18 @@ def train(args: Args) -> Path:
     networks = {"generator": generator, "averaged": averaged, "classifier": classifier, "teacher": teacher}
     run.hold(**networks, opt_classifier=opt_classifier, opt_generator=opt_generator)
 
-    def distort(images: Tensor) -> Tensor:
-        if not args.augment:
-            return images
-        images, share = augment(images), args.paste * (1 - 2 * run.step / args.num_steps)
-        return paste_patches(images, share) if share > 0 else images
+    share = torch.zeros((), device=device)  # of images with a patch, which falls from step to step
+
+    def distort(images: Tensor, patches: bool) -> Tensor:
+        images = augment(images) if args.augment else images
+        return paste_patches(images, share) if patches else images
 
     def discriminate(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         features, logits = model(images)
         return features, fold_fake_class(logits) if args.explicit_fake_class else logits
 
-    def update(optimizer, loss: Tensor, lr: float) -> None:
-        # Learning rates stay, and in the last part of the run fall linearly to zero.
-        rate = min(1.0, (args.num_steps + 1 - run.step) / max(1.0, args.lr_decay * args.num_steps))
+    def update(optimizer, loss: Tensor) -> None:
         (group,) = optimizer.param_groups
-        group["lr"] = lr * rate
         optimizer.zero_grad()
         loss.backward(inputs=group["params"])
         optimizer.step()
@@ -954,11 +1017,11 @@ def train(args: Args) -> Path:
         plot_confusion(run.folder / "confusion.png", y_eval, found)
         return metrics | {"train_seconds": seconds} | evaluation(samples)
 
-    for _ in run.steps():
+    def step(patches: bool) -> dict[str, Tensor]:
         # The classifier learns the classes of the labelled images, and which images are real.
         pick = torch.randint(len(x_labelled), (args.label_batch_size,), device=device)
         clean = draw_batch(data, args.batch_size)
-        images = distort(torch.cat((to_float(x_labelled[pick]), clean)))
+        images = distort(torch.cat((to_float(x_labelled[pick]), clean)), patches)
         hold_statistics(classifier.train(), False)
         logits = discriminate(classifier, images)[1]
         l_labelled, l_real = logits.split((args.label_batch_size, args.batch_size))
@@ -970,7 +1033,7 @@ def train(args: Args) -> Path:
         hold_statistics(classifier, True)
         if args.gan_weight:
             fake = generator(torch.randn(args.batch_size // 2, args.latent_dim, device=device))
-            both = torch.cat((images[-len(fake) :], distort(fake.detach())))
+            both = torch.cat((images[-len(fake) :], distort(fake.detach(), patches)))
             scalars["loss_gan"] = discriminator_loss(*discriminate(classifier, both)[1].chunk(2))
             loss = loss + args.gan_weight * scalars["loss_gan"]
         if args.augment and args.consistency_weight:
@@ -978,21 +1041,31 @@ def train(args: Args) -> Path:
                 l_teacher = discriminate(teacher.eval(), clean)[1]
             term = scalars["loss_consistency"] = pseudo_label_loss(l_real, l_teacher, args.threshold)
             loss = loss + args.consistency_weight * term
-        update(opt_classifier, loss, args.lr)
+        update(opt_classifier, loss)
         teacher.update_parameters(classifier)
 
         # The generator matches the mean features of real images, or looks real to D.
         if args.gan_weight:
-            both = torch.cat((images[-len(fake) :], distort(fake)))
+            both = torch.cat((images[-len(fake) :], distort(fake, patches)))
             (h_real, h_fake), (_, l_fake) = (v.chunk(2) for v in discriminate(classifier.train(), both))
             matching = args.feature_matching
             loss_generator = feature_matching_loss(h_real, h_fake) if matching else generator_loss(l_fake)
             scalars["loss_generator"] = loss_generator
-            update(opt_generator, loss_generator, args.lr_generator)
+            update(opt_generator, loss_generator)
             averaged.update_parameters(generator)
+        return {"loss": loss} | scalars
 
+    recorded = Recorded(step, device, args.compile, opt_classifier, opt_generator)
+    for _ in run.steps():
+        # Learning rates stay, and in the last part of the run fall linearly to zero.
+        rate = min(1.0, (args.num_steps + 1 - run.step) / max(1.0, args.lr_decay * args.num_steps))
+        set_rates(opt_classifier, args.lr * rate)
+        set_rates(opt_generator, args.lr_generator * rate)
+        pasted = args.paste * (1 - 2 * run.step / args.num_steps) if args.augment else 0.0
+        share.fill_(pasted)
+        scalars = recorded(pasted > 0)
         if run.due(args.log_every) or run.due(args.eval_every):
-            run.log({"loss": loss} | scalars, evaluate)
+            run.log(scalars, evaluate)
     labelled = {"num_labels": args.num_labels, "label_seed": args.label_seed}
     return run.finish(lambda: labelled | evaluation.facts)
 

@@ -119,10 +119,12 @@ def leave_process_as_it_was():
     """A script that runs in this process sets signal handlers and torch's modes: put them back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
     torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @pytest.fixture(scope="session")

@@ -206,7 +206,7 @@ def test_patches_are_rectangles_of_another_image():
 
 def test_patches_fade_by_half_of_the_run(tiny, monkeypatch):
     shares, paste = [], sgan_mnist.paste_patches
-    spy = lambda images, share: shares.append(share) or paste(images, share)  # noqa: E731
+    spy = lambda images, share: shares.append(float(share)) or paste(images, share)  # noqa: E731
     monkeypatch.setattr(sgan_mnist, "paste_patches", spy)
     sgan_mnist.main(tiny(sgan_mnist, num_eval_samples=0, num_steps=6, paste=0.6))
     # Real images, fakes for the classifier, and fakes for the generator.
