@@ -58,7 +58,7 @@ Script = Literal[
 SCRIPTS: tuple[Script, ...] = get_args(Script)
 GOALS = {"cpu": 1.5, "cuda": 5.0}  # of the ratio
 WARM_UP = 20  # steps of both that do not count, in which memory is taken and CUDA graphs are recorded
-# The script stops by its tolerance, a marginal error of 0.01. In the first 400 steps of a default run nine of
+# The script stops by its tolerance, a marginal error of 0.01. In the first 500 steps of a default run nine of
 # ten of its problems need at most 8 plain iterations for that; a fixed number has a small margin.
 SINKHORN_ITERATIONS = 10
 PARTS = ("data", "loss", "backward", "optimizer")
