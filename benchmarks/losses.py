@@ -97,13 +97,18 @@ class Args:
             fail(f"--device cuda: torch {torch.__version__} finds no CUDA device; use --device cpu")
 
 
-def copied_form(x: Tensor, y: Tensor) -> Tensor:
-    """MMD^2 of x (n, d) and y (m, d) as it is passed from repository to repository: a scalar."""
-    z, n = torch.cat((x, y)), len(x)
+def copied_kernel(x: Tensor, y: Tensor, bandwidths: tuple[float, ...]) -> Tensor:
+    """The Gaussian kernels' sum for all pairs of x (n, d) and y (m, d) together: (n + m, n + m)."""
+    z = torch.cat((x, y))
     gram = z @ z.T
     squares = gram.diag()
     t = squares[:, None] + squares[None, :] - 2 * gram
-    k = sum(torch.exp(-t / (2 * s**2)) for s in BANDWIDTHS)
+    return sum(torch.exp(-t / (2 * s**2)) for s in bandwidths)
+
+
+def copied_form(x: Tensor, y: Tensor) -> Tensor:
+    """MMD^2 of x (n, d) and y (m, d) as it is passed from repository to repository: a scalar."""
+    k, n = copied_kernel(x, y, BANDWIDTHS), len(x)
     return k[:n, :n].mean() + k[n:, n:].mean() - 2 * k[:n, n:].mean()
 
 
@@ -141,17 +146,18 @@ def pot(x: Tensor, y: Tensor, eps: float, tolerance: float, method: str) -> Tens
     return debiased(entropic_cost, x, y)
 
 
+def unrolled_cost(x: Tensor, y: Tensor, eps: float, iterations: int) -> Tensor:
+    """The entropic cost after some iterations from zero, through which autograd goes back."""
+    cost, g = squared_cost(x, y), torch.zeros_like(y[:, 0])
+    for _ in range(iterations):
+        f = eps * math.log(len(y)) - eps * ((g - cost) / eps).logsumexp(1)
+        g = eps * math.log(len(x)) - eps * ((f[:, None] - cost) / eps).logsumexp(0)
+    return f.mean() + g.mean()
+
+
 def unrolled(x: Tensor, y: Tensor, eps: float, iterations: int) -> Tensor:
-    """The divergence after some iterations from zero, as the first Sinkhorn GANs took it."""
-
-    def entropic_cost(x: Tensor, y: Tensor) -> Tensor:
-        cost, g = squared_cost(x, y), torch.zeros_like(y[:, 0])
-        for _ in range(iterations):
-            f = eps * math.log(len(y)) - eps * ((g - cost) / eps).logsumexp(1)
-            g = eps * math.log(len(x)) - eps * ((f[:, None] - cost) / eps).logsumexp(0)
-        return f.mean() + g.mean()
-
-    return debiased(entropic_cost, x, y)
+    """The divergence after some iterations, as the first Sinkhorn GANs took it."""
+    return debiased(partial(unrolled_cost, eps=eps, iterations=iterations), x, y)
 
 
 def ours(x: Tensor, y: Tensor, eps: float, tolerance: float) -> Tensor:

@@ -1,16 +1,31 @@
-"""benchmarks/losses.py: its forms compute the same; accuracy.py: its figure; both refuse bad options."""
+"""losses.py: its forms compute the same; training.py: its loops train, with the scripts' losses; accuracy.py:
+its figure. All refuse bad options."""
 
 import importlib.util
 import json
+import math
+import signal
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
 
-spec = importlib.util.spec_from_file_location("losses", ROOT / "benchmarks" / "losses.py")
-losses = sys.modules["losses"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(losses)
+import gmgan_mnist
+import mmd_gan
+import sinkhorn_gan
+import wgan_gp
+
+
+def load(name):
+    """A benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+losses, training = load("losses"), load("training")
 
 
 @pytest.mark.parametrize("form", losses.MMD)
@@ -56,10 +71,171 @@ def test_a_row_of_each_form(monkeypatch):
         assert base[6] == "1.0" and all(float(row[4]) > 0 for row in rows)
 
 
-@pytest.mark.parametrize("options", [["--repeats", "0"], ["--loss", "wasserstein"]])
-def test_bad_options(options, run_cli):
-    result = run_cli(*options, script="benchmarks/losses.py")
+def started(name, data_dir):
+    """A script's copied loop, with its default Args."""
+    args = training.script_args(name, training.Args(data_dir=str(data_dir)))
+    return training.copied_loop(name, args, "cpu")
+
+
+@pytest.mark.parametrize("name", training.SCRIPTS)
+def test_copied_loops_train(name, tiny_mnist, capsys):
+    """Two steps: finite losses, which are printed, and weights in torch's default format that change."""
+    networks, to_contiguous = [], training.contiguous
+
+    def contiguous(network, device):
+        networks.append(to_contiguous(network, device))
+        return networks[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "contiguous", contiguous)
+        loop = started(name, tiny_mnist)
+        first = next(loop)
+        before = [[p.detach().clone() for p in network.parameters()] for network in networks]
+        second = next(loop)
+    assert first.keys() == second.keys() and first != second
+    assert all(map(math.isfinite, [*first.values(), *second.values()]))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.count("loss") for line in lines] == [len(first)] * 2
+    assert len(networks) == {"baseline_cnn": 1, "cyclegan_mnist_usps": 4}.get(name, 2)
+    for network, old in zip(networks, before):
+        assert all(p.is_contiguous() for p in network.parameters())
+        assert any(not torch.equal(p, q) for p, q in zip(network.parameters(), old))
+
+
+@pytest.fixture
+def features():
+    """Features (64, 16) of real and of fake images, of a critic's size, that take a gradient."""
+    torch.manual_seed(0)
+    return [(mean + torch.randn(64, 16)).requires_grad_() for mean in (0.0, 0.5)]
+
+
+def assert_same(copied, script, inputs, tolerance):
+    """Value and gradients."""
+    for a, b in zip(
+        *([v.detach(), *torch.autograd.grad(v, inputs, retain_graph=True)] for v in (copied, script))
+    ):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+def test_copied_mmd_is_the_scripts(features):
+    args = mmd_gan.Args()
+    means = mmd_gan.kernel_means(*features, args.bandwidths, args.kernel, args.unbiased)
+    terms = training.mmd_terms(*features, args.bandwidths)
+    for copied, script in zip(terms, means):
+        assert copied.item() == pytest.approx(script.item(), rel=1e-4)
+    assert_same(*(mmd_gan.critic_loss(*v, args.repulsion) for v in (terms, means)), features, 1e-3)
+
+
+def test_copied_sinkhorn_is_the_scripts(features):
+    """With the number of iterations of the benchmark, as exactly as the script's tolerance is."""
+    args = sinkhorn_gan.Args()
+    eps = args.epsilon * sinkhorn_gan.mean_cost(*features, args.cost).item()
+    options = {"eps": eps, "cost": args.cost, "tol": 1e-5}
+    halves = [half for v in features for half in v.chunk(2)]
+    copied = training.repulsive_sinkhorn_loss(*features, args.epsilon)
+    assert_same(copied, sinkhorn_gan.repulsive_loss(*halves, **options), features, args.tolerance)
+    copied = training.sinkhorn_loss(*features, args.epsilon)
+    assert_same(copied, sinkhorn_gan.sinkhorn_divergence(*features, **options), features, args.tolerance)
+
+
+def test_copied_penalties_are_the_scripts(features):
+    """Of a linear critic, whose gradient is the same at all points, and of one that is not."""
+    real, fake = (v.detach().view(64, 1, 4, 4) for v in features)
+    linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 1))
+    copied = training.gradient_penalty(linear, real, fake)
+    script = wgan_gp.slope_penalty(linear, wgan_gp.between(real, fake))[0]
+    assert_same(copied, script, [linear[1].weight], 1e-5)
+    critic = torch.nn.Sequential(*linear, torch.nn.Tanh())
+    logits = critic(real.requires_grad_())
+    copied = training.input_gradients(logits, real).square().sum(1).mean()
+    script = gmgan_mnist.zero_centred_penalty(logits.squeeze(1), real).mean()
+    assert_same(copied, script, [linear[1].weight], 1e-5)
+
+
+def test_a_table_of_training_speeds(tiny_mnist, tmp_path, monkeypatch, capsys):
+    """A row for each script that is named, and the process as it was."""
+    monkeypatch.setattr(training, "WARM_UP", 1)
+    names, path = ("wgan_gp", "baseline_cnn"), tmp_path / "results" / "training.md"
+
+    def state():
+        functions = wgan_gp.Run.steps, wgan_gp.Run.quiet, wgan_gp.draw_batch, wgan_gp.average
+        modes = torch.get_deterministic_debug_mode(), signal.getsignal(signal.SIGINT)
+        return functions, torch.Tensor.backward, modes
+
+    before = state()
+    options = {"data_dir": str(tiny_mnist), "steps": 1, "rounds": 2, "markdown": str(path)}
+    training.main(training.Args(scripts=names, **options))
+    table = capsys.readouterr().out
+    assert path.read_text() == table and "2 rounds of 1 steps" in table
+    head, _, *rows = ([c.strip() for c in r.split("|")[1:-1]] for r in table.splitlines() if r[:1] == "|")
+    rows = [dict(zip(head, row)) for row in rows]
+    assert [row["script"] for row in rows] == [*names] and head == [*training.WIDTHS]
+    for row in rows:
+        assert float(row["steps/s"]) > 0 and float(row["copied"]) > 0 and float(row["ratio"]) > 0
+        shares = [int(row[part].rstrip("%")) for part in training.PARTS]
+        assert abs(sum(shares) - 100) <= 2 and min(shares[1:3]) > 0
+    assert state() == before
+
+
+def test_each_step_is_timed_once(tiny_mnist, monkeypatch):
+    """Two rounds of two steps, and the steps of the copied loop in between."""
+    monkeypatch.setattr(training, "WARM_UP", 1)
+    args, done = training.Args(data_dir=str(tiny_mnist), steps=2, rounds=2), []
+    settings = training.script_args("baseline_cnn", args)
+    loop = training.copied_baseline_cnn
+
+    def counted(*values):
+        for result in loop(*values):
+            done.append("copied")
+            yield result
+
+    monkeypatch.setattr(training, "LOOPS", (counted, *training.LOOPS[1:]))
+    watch = training.watch_training
+
+    def watched(name, settings, before_step):
+        def before(step):
+            before_step(step)
+            done.append("script")
+
+        watch(name, settings, before)
+
+    monkeypatch.setattr(training, "watch_training", watched)
+    speeds = training.time_rounds("baseline_cnn", settings, args)
+    assert [len(v) for v in speeds] == [2, 2] and all((v > 0).all() for v in speeds)
+    expected = ["script", "copied"] + (["script"] * 2 + ["copied"] * 2) * 2
+    assert done == expected
+
+
+def test_missing_images_are_said_in_one_line(tmp_path, monkeypatch, capsys):
+    for name in ("http_proxy", "https_proxy"):  # nothing can be downloaded through this
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(SystemExit) as stopped:
+        training.main(training.Args(data_dir=str(tmp_path)))
+    error = capsys.readouterr()
+    assert stopped.value.code == 2 and str(tmp_path) in error.err and not error.out
+    assert len(error.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "script, options",
+    [
+        ("losses", ["--repeats", "0"]),
+        ("losses", ["--loss", "wasserstein"]),
+        ("training", ["--scripts", "dcgan"]),
+    ],
+)
+def test_bad_options(script, options, run_cli):
+    result = run_cli(*options, script=f"benchmarks/{script}.py")
     assert result.returncode == 2 and "Traceback" not in result.stderr and options[0] in result.stderr
+
+
+@pytest.mark.parametrize("option, value", [("steps", 0), ("rounds", -1), ("scripts", ()), ("device", "cuda")])
+def test_options_that_cannot_work(option, value, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        training.Args(**{option: value})
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"--{option}" in error and len(error.splitlines()) == 1
 
 
 @pytest.fixture
