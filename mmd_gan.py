@@ -697,8 +697,8 @@ def tile_sums(a, b, bandwidths, weights, kernel, low, high, skip_diagonal, need_
 #     gradient  d_i = sum_j c_ij W(t_ij) (z_j - z_i), with W = -2 dk/dt and c_ij the weight of the pair's mean
 #
 #          x . . . . . y . . . . .     A program of `means` owns a tile of one quarter, and puts its sum in a
-#    x   [ xx : tile | xy : tile ]     place of its own; of xx and yy, tiles below the diagonal are left out. A
-#    .   ========= strip =========     program of `gradient` owns a strip of rows and goes along all columns.
+#    x   [ xx : tile | xy : tile ]     place of its own; of xx and yy, tiles below the diagonal are left out.
+#    .   ========= strip =========     One of `gradient` owns a strip of rows and goes along all columns.
 #    y   [           | yy : tile ]     No sum depends on who comes first: each run gives the same numbers.
 
 
