@@ -836,14 +836,14 @@ def unrolled_cost(x, y, eps, a, b, tol, max_iterations) -> Tensor:
 
 
 # On CUDA Triton kernels take the half-steps, in the log domain and without a matrix. With s = log2(e) / eps,
-# p = f / (eps ln 2) - s |x|^2 / 2 at x, and likewise with g at y, the squares in the costs cancel: for points z
-# of weights w, first x, then y, rows i of one cloud follow from columns j of the other by
+# p = f / (eps ln 2) - s |x|^2 / 2 at x, and likewise with g at y, the squares in the costs cancel: for
+# points z of weights w, first x, then y, rows i of one cloud follow from columns j of the other by
 #     p_i = -log2 sum_j w_j 2^(s z_i.z_j + p_j)                                                            (3)
 #
-#            columns ->                    A program owns strips of rows and goes along the columns. As attention
-#    rows  [ tile | tile | tile ] -> p_i   does, it keeps of each row the largest exponent yet, and the sum of
-#      |   [ ...... strip ..... ] -> p_i   powers below it. Of few points one program takes all strips and all
-#      v   [ tile | tile | tile ] -> p_i   half-steps; of more, a launch takes one half-step.
+#            columns ->                    A program owns strips of rows, goes along the columns, and keeps,
+#    rows  [ tile | tile | tile ] -> p_i   as attention does, of each row the largest exponent yet, and the
+#      |   [ ...... strip ..... ] -> p_i   sum of powers below it. Of few points one program takes all strips
+#      v   [ tile | tile | tile ] -> p_i   and all half-steps; of more, a launch takes one half-step.
 
 BIG = 1e30  # an error that has not been measured
 
@@ -890,8 +890,8 @@ def triton_sinkhorn() -> tuple:
     def iterate(z, log_w, p, errors, counts, scale, n, m, d, tol, first, steps, SELF: tl.constexpr,
                 BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
         # Half-steps first, first + 1, ... of a chunk; counts: how many came before it, and in all. errors
-        # (., programs): row h + 2 is the error that half-step h finds, row h + 3 what it leaves. SELF: x is y,
-        # p two vectors (n,) in turn, each step is damped; else the even half-steps take the rows of x.
+        # (., programs): row h + 2 is the error that half-step h finds, row h + 3 what it leaves. SELF: y is
+        # x, p two vectors (n,) in turn, each step is damped; else the even half-steps take the rows of x.
         program, programs = tl.program_id(0), tl.num_programs(0)
         s, before, lane = tl.load(scale), tl.load(counts), tl.arange(0, 1024)
         h, last = tl.cast(first, tl.int32), tl.cast(first, tl.int32) + steps
