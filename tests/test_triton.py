@@ -1,0 +1,233 @@
+"""Triton's kernels: in the interpreter and on a GPU against float64, and compiled without a GPU.
+
+
+The interpreter is a mode of a whole process, so its cases run as commands: `python tests/test_triton.py mmd`.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import mmd_gan
+import sinkhorn_gan
+
+pytest.importorskip("triton", reason="Triton is there for Linux only")
+
+# n, m, d, options. Strips are of 32 rows, tiles of 64 x 64, coordinates in blocks of 16, 32, 64 and 128.
+MMD = {
+    "one point": (1, 1, 1, {"unbiased": False}),
+    "odd sizes": (5, 37, 3, {"bandwidths": (0.7, 1.1, 5.0), "weights": (1.0, 0.5, 2.0)}),
+    "several tiles": (70, 33, 17, {"bandwidths": (8.0, 4.0, 2.0, 1.0, 0.5)}),
+    "rational quadratic": (9, 4, 17, {"kernel": "rational_quadratic", "bandwidths": (0.2, 1.0, 5.0)}),
+    "bounded": (12, 9, 3, {"bounds": (0.5, 4.0), "unbiased": False}),
+    "images": (2, 3, 784, {"bandwidths": (14.0, 28.0, 56.0)}),
+}
+SINKHORN = {
+    "one point": (1, 1, 1, {}),
+    "odd sizes": (5, 9, 3, {}),
+    "weights": (20, 13, 17, {"weighted": True}),
+    "many programs": (150, 40, 2, {"eps": 0.2}),
+    "cosine": (6, 7, 17, {"cost": "cosine"}),
+    "images": (3, 2, 784, {}),
+}
+
+
+def points(n: int, m: int, d: int, device: str = "cpu") -> list[torch.Tensor]:
+    """x (n, d) and y (m, d), far from the origin, where digits are lost unless they are centred."""
+    generator = torch.Generator().manual_seed(n + m + d)
+    x, y = (torch.randn(k, d, generator=generator) for k in (n, m))
+    return [(v + shift).to(device) for v, shift in ((x, 10.0), (y, 10.5))]
+
+
+def gradients(loss, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+    """What loss(x, y) returns, and the gradients of the sum of it, with factors 1, -0.7, 0.4."""
+    x, y = (v.clone().requires_grad_() for v in (x, y))
+    values = torch.atleast_1d(loss(x, y))
+    (values * values.new_tensor((1.0, -0.7, 0.4))[: len(values)]).sum().backward()
+    return [values.detach(), x.grad, y.grad]
+
+
+def errors(got: list[torch.Tensor], want: list[torch.Tensor]) -> list[float]:
+    """Relative errors, as norms; absolute ones of what is zero."""
+    return [
+        float((g.double() - w).norm() / (w.norm() if w.norm() > 1e-9 else 1.0)) for g, w in zip(got, want)
+    ]
+
+
+def mmd_errors(n: int, m: int, d: int, options: dict, device: str = "cpu") -> list[float]:
+    """Errors of kernel_means by Triton, and of its gradients, against float64."""
+    options = {"bandwidths": (1.0, 2.0, 4.0)} | options
+
+    def means(road: str):
+        return lambda x, y: torch.stack(mmd_gan.kernel_means(x, y, road=road, **options))
+
+    x, y = points(n, m, d, device)
+    road = "dense" if n * m < 2**24 else "tiled"
+    return errors(gradients(means("triton"), x, y), gradients(means(road), x.double(), y.double()))
+
+
+def sinkhorn_errors(n: int, m: int, d: int, options: dict, device: str = "cpu") -> list[float]:
+    """Errors of sinkhorn_divergence by Triton, and of its gradients, against float64."""
+    x, y = points(n, m, d, device)
+    options = options.copy()
+    eps = options.pop("eps", 0.1) * float(sinkhorn_gan.mean_cost(x, y, options.get("cost", "euclidean")))
+    eps = eps or 1.0
+    weights = [torch.arange(1.0, k + 1, device=device) for k in (n, m)]
+    weights = [w / w.sum() for w in weights] if options.pop("weighted", False) else [None, None]
+
+    def divergence(road: str, tol: float):
+        def loss(x, y):
+            a, b = (w if w is None else w.to(x) / w.to(x).sum() for w in weights)
+            return sinkhorn_gan.sinkhorn_divergence(x, y, eps, a, b, road=road, tol=tol, **options)
+
+        return loss
+
+    road = "dense" if n * m < 2**24 else "blocked"
+    want = gradients(divergence(road, 1e-7), x.double(), y.double())
+    return errors(gradients(divergence("triton", 1e-4), x, y), want)
+
+
+CASES = {"mmd": (MMD, mmd_errors, 1e-5), "sinkhorn": (SINKHORN, sinkhorn_errors, 1e-3)}
+
+
+@pytest.mark.parametrize("loss", CASES)
+def test_interpreted_kernels_agree_with_float64(loss):
+    command = [sys.executable, __file__, loss]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(result.stdout.splitlines()) == len(CASES[loss][0])
+
+
+def interpret(loss: str) -> None:
+    """Run the cases of a loss here, a line each, and leave with 1 if one is off."""
+    cases, measure, limit = CASES[loss]
+    wrong = 0
+    for name, (n, m, d, options) in cases.items():
+        found = measure(n, m, d, options)
+        wrong += not all(error < limit for error in found)
+        print(name, n, m, d, *(f"{error:.1e}" for error in found), flush=True)
+    raise SystemExit(wrong > 0)
+
+
+# Compiled ahead of time
+
+
+MEANS, GRADIENT = {"KIND": "chain", "UNBIASED": True, "BLOCK": 64}, {"KIND": "chain", "UNBIASED": True}
+LAUNCHES = [  # every form of a kernel that is launched: kernel, its constants, warps
+    *(("means", MEANS | {"BLOCK_D": size}, 4) for size in (16, 32)),
+    *(
+        ("gradient", GRADIENT | {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": size}, warps)
+        for size, warps in ((16, 4), (64, 4), (128, 8))
+    ),
+    ("iterate", {"SELF": False, "BLOCK": 64, "BLOCK_D": 32}, 4),
+    ("iterate", {"SELF": True, "BLOCK": 16, "BLOCK_D": 16}, 4),
+    *(
+        ("finish", {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": size}, warps)
+        for size, warps in ((0, 4), (64, 4), (128, 8))
+    ),
+]
+INTEGERS = ["n", "m", "d", "parts", "first", "steps"]
+
+
+def resources(kernel, constants: dict, warps: int, capability: int) -> str:
+    """What ptxas says of a kernel that is compiled for a GPU of that capability: registers, stack, ..."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    kinds = {name: "i32" for name in INTEGERS} | dict.fromkeys(("low", "high", "tol"), "fp32")
+    kinds |= {"counts": "*i32"} | dict.fromkeys((*constants, "PRECISION"), "constexpr")
+    signature = {name: kinds.get(name, "*fp32") for name in names}
+    values = {(names.index(name),): value for name, value in (constants | {"PRECISION": "tf32x3"}).items()}
+    target, options = GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": 1}
+    compiled = triton.compile(ASTSource(kernel, signature, values), target=target, options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name, constants, warps", LAUNCHES)
+def test_no_registers_spill(name, constants, warps, capability, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels = (*mmd_gan.triton_means(), *sinkhorn_gan.triton_sinkhorn())
+    (kernel,) = (k for k in kernels if k.__name__ == name)
+    found = resources(kernel, constants, warps, capability)
+    assert re.findall(r"STACK:(\d+)", found)[-1] == "0", found
+
+
+# Roads
+
+
+@pytest.mark.parametrize("loss", CASES)
+def test_without_cuda_another_road_gives_the_same_with_one_warning(loss, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x, y = points(6, 7, 3)
+    compute = {
+        "mmd": lambda road: mmd_gan.mmd2(x, y, (1.0, 2.0), road=road),
+        "sinkhorn": lambda road: sinkhorn_gan.sinkhorn_divergence(x, y, 0.3, road=road),
+    }[loss]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            assert compute("triton") == compute("auto")
+    (warning,) = caught
+    assert "Triton has no cpu" in str(warning.message)
+
+
+def test_auto_says_nothing_on_the_cpu():
+    x, y = points(6, 7, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mmd_gan.mmd2(x, y, (1.0, 2.0))
+        sinkhorn_gan.sinkhorn_divergence(x, y, 0.3)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss, name", [(loss, name) for loss in CASES for name in CASES[loss][0]])
+def test_cuda_agrees_with_float64(loss, name):
+    cases, measure, _ = CASES[loss]
+    assert max(measure(*cases[name], device="cuda")) < (1e-4 if loss == "mmd" else 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n, m, d", [(1000, 777, 64), (4096, 4096, 16), (65_536, 65_536, 64)])
+@pytest.mark.parametrize("loss", CASES)
+def test_cuda_agrees_with_float64_for_many_points(loss, n, m, d):
+    options = {"bandwidths": (32.0, 16.0, 8.0, 4.0, 2.0)} if loss == "mmd" else {}
+    for _ in range(2):  # the second time by a graph
+        assert max(CASES[loss][1](n, m, d, options, device="cuda")) < (1e-4 if loss == "mmd" else 1e-3)
+
+
+@pytest.mark.gpu
+def test_cuda_is_deterministic_and_keeps_no_matrix():
+    x, y = points(20_000, 10_000, 64, "cuda")
+    for loss in (
+        lambda x, y: mmd_gan.mmd2(x, y, (4.0, 8.0)),
+        lambda x, y: sinkhorn_gan.sinkhorn_divergence(x, y, 5.0),
+    ):
+        first = gradients(loss, x, y)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        assert all(torch.equal(p, q) for p, q in zip(first, gradients(loss, x, y)))
+        assert torch.cuda.max_memory_allocated() - before < 100e6  # the matrix has 800 MB
+
+
+if __name__ == "__main__":
+    interpret(sys.argv[1])
