@@ -2,33 +2,44 @@
 
     python benchmarks/losses.py --loss mmd --markdown results/losses.md
     python benchmarks/losses.py --loss sinkhorn --markdown results/losses_sinkhorn.md
-    python benchmarks/losses.py --loss sinkhorn --device cuda
+    python benchmarks/losses.py --device cuda              # both, up to n = 65,536, and the goals
     python benchmarks/losses.py --max-n 256 --repeats 3    # a few minutes, to see that it runs
 
 Every row is a value and its gradients in x and in y, in float32, for n points x ~ N(0, 1) and as many
 y ~ N(0.5, 1) in d dimensions. MMD^2 is the biased one with five Gaussian bandwidths:
 
 - copied form: concatenate x and y, one Gram matrix, five exponentials, three block means, autograd;
+- copied form compiled: the same under torch.compile; on the CPU only with --compile, its memory with that of
+  compiling;
 - mmd2: the loss as mmd_gan.py uses it;
 - mmd2 dense: the same function forced to plain torch (road="dense").
 
 The debiased Sinkhorn divergence has an epsilon of 0.05 times the mean cost. Each implementation gets the
 cheapest of its settings that is within 1e-3 of the value and 1e-2 of both gradients of a converged solution
-in float64, or a dash if it takes too long (LIMIT_S) or too much memory (LIMIT_GB) before it gets there, or
-did so for fewer points:
+in float64, or a dash if it takes too long (LIMIT_S) or too much memory (LIMIT_GB, or the device's) before it
+gets there, or did so for fewer points:
 
 - sinkhorn_divergence: the loss of sinkhorn_gan.py, by its tolerance;
 - geomloss tensorized, geomloss online: GeomLoss's SamplesLoss, by scaling; online needs KeOps and a compiler;
 - pot sinkhorn_log, pot sinkhorn_stabilized: POT's plan, whose value autograd follows with the plan held
   constant, by stopThr;
-- autograd: log-sum-exp half-steps with autograd through all of them, by their number.
+- autograd: log-sum-exp half-steps with autograd through all of them, by their number;
+- flash-sinkhorn: pip install flash-sinkhorn==0.4.1, on CUDA only: its SamplesLoss, by scaling, and symmetric
+  and alternating updates at one epsilon, by their number; all as it comes, with products in TF32.
+
+From n = 16,384 on, on the CPU only this repository's losses run, without a reference. On CUDA all run, at
+65,536 without a reference, with the settings that were found for fewer points.
 
 Times: each round runs every implementation twice, in random order, so that a machine that drifts hits all
-alike, and counts the second; the table has the median and the quartiles. Errors: relative to float64, as
-norms.
-Memory: what one evaluation adds at its peak, gradients included; on the CPU the rise of the resident memory
-of a fresh process which has warmed up on four points and whose malloc gives freed memory back at once, on
-CUDA what torch's allocator says.
+alike, and counts the second; the table has the median and the quartiles. Compiling and tuning come before.
+Errors: relative to float64, as norms.
+x floor: the time of this repository's losses over that of the operations and bytes that they need at least
+(mmd_operations, sinkhorn_operations, and the inputs read and the gradients written once), at the rates of a
+matrix product and a copy that are measured first. An exponential counts as one operation of a product, though
+a device makes fewer of them: the true gap is smaller.
+Memory: what one evaluation adds at its peak to the inputs, gradients included (2 n d float32); on the CPU the
+rise of the resident memory of a fresh process which has warmed up on four points and whose malloc gives freed
+memory back at once, on CUDA what torch's allocator says.
 """
 
 import dataclasses
@@ -44,10 +55,11 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import numpy as np
 import torch
@@ -56,20 +68,27 @@ from torch import Tensor
 
 os.environ.setdefault("PYKEOPS_VERBOSE", "0")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from mmd_gan import fail, mmd2
+import sinkhorn_gan
+from mmd_gan import dot_precision, fail, mmd2
 from sinkhorn_gan import mean_cost, sinkhorn_divergence
 
 BANDWIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
 SIZES = {
-    "mmd": [(n, d) for d in (16, 64) for n in (64, 256, 1024, 4096)] + [(1024, 784), (16_384, 64)],
-    "sinkhorn": [(n, d) for d in (16, 64, 784) for n in (64, 256, 1024, 4096)] + [(20_000, 64)],
+    "mmd": [(n, d) for d in (16, 64) for n in (64, 256, 1024, 4096)] + [(1024, 784)],
+    "sinkhorn": [(n, d) for d in (16, 64, 784) for n in (64, 256, 1024, 4096)],
 }
-ALONE = 16_384  # from this n on only this repository's loss runs, and without the float64 reference
+LARGE = {
+    "cpu": {"mmd": [(16_384, 64)], "sinkhorn": [(20_000, 64)]},
+    "cuda": {loss: [(16_384, 64), (65_536, 64)] for loss in ("mmd", "sinkhorn")},
+}
+ALONE = {"cpu": 16_384, "cuda": math.inf}  # from this n on only this repository's losses run
+UNKNOWN = {"cpu": 16_384, "cuda": 65_536}  # from this n on there is no reference
 EPSILON = 0.05  # in units of the mean cost
 WITHIN = (1e-3, 1e-2, 1e-2)  # relative errors that count as the same accuracy: value, gradients
-LIMIT_S, LIMIT_GB = 6, 8  # of one evaluation
+LIMIT_S, LIMIT_GB = 6, 8  # of one evaluation; LIMIT_S without a reference is five times that
 WIDTHS = {  # of the table's columns
-    **{"n = m": 6, "d": 3, "implementation": 23, "setting": 13, "ms": 8, "quartiles": 18, "speed-up": 8},
+    **{"n = m": 6, "d": 3, "implementation": 26, "setting": 13, "ms": 8, "quartiles": 18, "speed-up": 8},
+    "x floor": 8,
     **{"error: value": 12, "grad x": 7, "grad y": 7, "extra MB": 8},
 }
 
@@ -84,8 +103,10 @@ class Args:
     """CPU threads (default: torch's choice)"""
     repeats: int = 15
     """timed runs per row at n = 1024; for other n as many times more or fewer, and at least 3"""
-    max_n: int = 20_000
+    max_n: int = 65_536
     """leave larger inputs out"""
+    compile: bool = False
+    """on the CPU too, time the copied form under torch.compile, which compiles for minutes"""
     markdown: str | None = None
     """write the table and the facts of the machine to this file as well"""
 
@@ -112,6 +133,18 @@ def copied_form(x: Tensor, y: Tensor) -> Tensor:
     return k[:n, :n].mean() + k[n:, n:].mean() - 2 * k[:n, n:].mean()
 
 
+@cache
+def compile_copied() -> Callable:
+    """copied_form under torch.compile, with code of its own for each size, as a training loop would have."""
+    torch._dynamo.config.recompile_limit = 64  # after eight sizes it would go on without compiling
+    return torch.compile(copied_form, dynamic=False)
+
+
+def compiled_form(x: Tensor, y: Tensor) -> Tensor:
+    """copied_form under torch.compile."""
+    return compile_copied()(x, y)
+
+
 def squared_cost(x: Tensor, y: Tensor) -> Tensor:
     """Half the squared distances (n, m) of x (n, d) and y (m, d)."""
     return x.square().sum(1, keepdim=True) / 2 + y.square().sum(1) / 2 - x @ y.T
@@ -127,6 +160,17 @@ def geomloss(x: Tensor, y: Tensor, eps: float, scaling: float, backend: str) -> 
     from geomloss import SamplesLoss
 
     return SamplesLoss("sinkhorn", p=2, blur=eps**0.5, scaling=scaling, backend=backend)(x, y)
+
+
+def flash(x: Tensor, y: Tensor, eps: float, setting: float, backend: str, annealed: bool) -> Tensor:
+    """FlashSinkhorn's divergence, by scaling if annealed, else by a number of updates at eps."""
+    from flash_sinkhorn import SamplesLoss
+
+    if annealed:
+        options = {"blur": eps**0.5, "scaling": setting}
+    else:
+        options = {"use_epsilon_scaling": False, "eps": eps, "n_iters": setting}
+    return SamplesLoss("sinkhorn", half_cost=True, debias=True, backend=backend, **options)(x, y)
 
 
 def pot(x: Tensor, y: Tensor, eps: float, tolerance: float, method: str) -> Tensor:
@@ -169,8 +213,10 @@ def ours(x: Tensor, y: Tensor, eps: float, tolerance: float) -> Tensor:
 # the MMD's is over the first form; of the Sinkhorn divergence's forms it is the first one's over theirs.
 SCALING = ("scaling", (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995))
 STOP = ("stopThr", tuple(10.0**-k for k in range(2, 9)))
+UPDATES = ("updates", (*range(2, 10), 11, 13, 16, 19, 22, 27, 32, 38, 45, 64, 90, 128, 181, 256, 512, 1000))
 FORMS: dict[str, tuple[Callable, str, tuple]] = {
     "copied form": (copied_form, "", ()),
+    "copied form compiled": (compiled_form, "", ()),
     "mmd2": (partial(mmd2, bandwidths=BANDWIDTHS, unbiased=False), "", ()),
     "mmd2 dense": (partial(mmd2, bandwidths=BANDWIDTHS, unbiased=False, road="dense"), "", ()),
     "sinkhorn_divergence": (ours, "tol", (1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4)),
@@ -179,10 +225,32 @@ FORMS: dict[str, tuple[Callable, str, tuple]] = {
     "pot sinkhorn_log": (partial(pot, method="sinkhorn_log"), *STOP),
     "pot sinkhorn_stabilized": (partial(pot, method="sinkhorn_stabilized"), *STOP),
     "autograd": (unrolled, "iterations", (5, 10, 20, 50, 100, 200, 500, 1000)),
+    "flash-sinkhorn": (
+        partial(flash, backend="symmetric", annealed=True),
+        "scaling",
+        (0.1, 0.2, 0.3, 0.4, *SCALING[1]),
+    ),
+    "flash-sinkhorn symmetric": (partial(flash, backend="symmetric", annealed=False), *UPDATES),
+    "flash-sinkhorn alternating": (partial(flash, backend="alternating", annealed=False), *UPDATES),
 }
-MMD, SINKHORN = list(FORMS)[:3], list(FORMS)[3:]
+MMD, SINKHORN = list(FORMS)[:4], list(FORMS)[4:]
+COMPILED, FLASH = "copied form compiled", SINKHORN[6:]
+OURS = "mmd2", "mmd2 dense", "sinkhorn_divergence"
+SETTINGS: dict[tuple[str, int], float] = {}  # what was found last in d dimensions
 GIVEN_UP: dict[tuple[str, int], str] = {}  # why a form is not tried in d dimensions any more
-NEEDS = {"geomloss tensorized": "geomloss", "geomloss online": "pykeops"} | dict.fromkeys(SINKHORN[3:5], "ot")
+NEEDS = {"geomloss tensorized": "geomloss", "geomloss online": "pykeops"}
+NEEDS |= dict.fromkeys(SINKHORN[3:5], "ot") | dict.fromkeys(FLASH, "flash_sinkhorn")
+
+# What is to be reached on CUDA: by which form, over the fastest of which, how many times as fast, for which n
+# and d. And the most that an evaluation may take beside inputs and gradients, in MB, for which n and d.
+RIVALS = *FLASH, "geomloss tensorized", "geomloss online"
+GOALS = (
+    ("sinkhorn_divergence", RIVALS, 3, (64, 256, 1024, 4096), (16, 64, 784)),
+    ("sinkhorn_divergence", RIVALS, 1, (16_384, 65_536), (64,)),
+    ("mmd2", ("copied form",), 10, (1024, 4096), (16, 64)),
+    ("mmd2", (COMPILED,), 3, (1024, 4096), (16, 64)),
+)
+MEMORY_GOAL = 64, 65_536, 64
 
 
 def points(n: int, d: int, device: str) -> tuple[Tensor, Tensor]:
@@ -226,6 +294,8 @@ def cheapest(form: str, x: Tensor, y: Tensor, exact: tuple[Tensor, ...]) -> tupl
             return (
                 f"over {LIMIT_GB} GB"  # of each half-step of three problems, log-sum-exp keeps some matrices
             )
+        if x.is_cuda and setting == FORMS[form][2][0]:  # compiles and tunes kernels
+            evaluate(form, x, y, eps, setting)
         start = time.perf_counter()
         errors = relative_errors(evaluate(form, x, y, eps, setting), exact)
         if time.perf_counter() - start > LIMIT_S:
@@ -233,6 +303,39 @@ def cheapest(form: str, x: Tensor, y: Tensor, exact: tuple[Tensor, ...]) -> tupl
         if all(error <= limit for error, limit in zip(errors, WITHIN)):
             return eps, setting
     return "not reached"
+
+
+def settled(form: str, x: Tensor, y: Tensor, exact: tuple[Tensor, ...] | None) -> tuple | str:
+    """(epsilon, setting), () for a form without settings, or why the form is left out."""
+    d = x.shape[1]
+    if reason := GIVEN_UP.get((form, d)):
+        return reason
+    limit = 5 * LIMIT_S
+    try:
+        if FORMS[form][2] and exact:
+            setting = cheapest(form, x, y, exact)
+        elif FORMS[form][2] and form not in OURS and (form, d) not in SETTINGS:
+            setting = "no setting"
+        else:
+            setting = (epsilon(x, y), SETTINGS.get((form, d), 1e-3)) if FORMS[form][2] else ()
+            # The first time it may compile and tune; what is too slow is so the second time as well.
+            if x.is_cuda and all(time_once(form, x, y, *setting) > 1e3 * limit for _ in range(2)):
+                setting = f"over {limit} s"
+    except torch.OutOfMemoryError:
+        setting = "out of memory"
+    except Exception as error:  # of somebody else's package: the others' rows are still wanted
+        if form in OURS:
+            raise
+        print(f"{form}: {error!r:.500}", file=sys.stderr)
+        setting = "fails"
+    if x.is_cuda:
+        torch.cuda.empty_cache()
+    SETTINGS.pop((form, d), None)
+    if isinstance(setting, tuple):
+        SETTINGS.update({(form, d): setting[1]} if setting else {})
+    elif setting != "not reached":  # a loss of more points may be easier
+        GIVEN_UP[form, d] = setting
+    return setting
 
 
 def reference(x: Tensor, y: Tensor, block: int = 512) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,14 +351,89 @@ def reference(x: Tensor, y: Tensor, block: int = 512) -> tuple[Tensor, Tensor, T
     return value, *z.grad.split((len(x), len(y)))
 
 
-def time_once(form: str, x: Tensor, y: Tensor, *setting) -> float:
-    """Milliseconds of one evaluation."""
-    synchronize = torch.cuda.synchronize if x.is_cuda else lambda: None
+def milliseconds(call: Callable, cuda: bool) -> float:
+    """How long a call takes until its results are there."""
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
     synchronize()
     start = time.perf_counter()
-    evaluate(form, x, y, *setting)
+    call()
     synchronize()
     return 1e3 * (time.perf_counter() - start)
+
+
+def time_once(form: str, x: Tensor, y: Tensor, *setting) -> float:
+    """Milliseconds of one evaluation."""
+    return milliseconds(lambda: evaluate(form, x, y, *setting), x.is_cuda)
+
+
+@cache
+def rates(device: str) -> tuple[float, float]:
+    """Bytes per second, read and written, of a large copy, and operations per second of float32 products.
+
+    Where Triton's kernels put three TF32 products in a float32 one's place, that counts if it is faster.
+    """
+    cuda = device == "cuda"
+    source = torch.ones(2 ** (28 if cuda else 25), device=device)
+    target, size = torch.empty_like(source), 8192 if cuda else 2048
+    copy = min(milliseconds(lambda: target.copy_(source), cuda) for _ in range(5))
+    a, b = torch.randn(2, size, size, device=device)
+    product = min(milliseconds(lambda: a @ b, cuda) for _ in range(5))
+    if cuda and dot_precision(a) == "tf32x3":
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        product = min(product, *(3 * milliseconds(lambda: a @ b, cuda) for _ in range(5)))
+        torch.set_float32_matmul_precision(precision)
+    return 8e3 * len(source) / copy, 2e3 * size**3 / product
+
+
+def mmd_operations(n: int, d: int) -> int:
+    """What MMD^2 of n and n points and its gradients need at least.
+
+    For each of the pairs a distance and, per bandwidth, a power, an addition and, for the slope, a
+    multiplication and an addition; then the product of the slopes with the points.
+    """
+    points = 2 * n
+    return points * (points + 1) // 2 * (2 * d + 4 * len(BANDWIDTHS)) + points**2 * 2 * d
+
+
+def sinkhorn_operations(n: int, d: int, iterations: list[int], road: str) -> int:
+    """What the divergence of n and n points and its gradients need, if solved in so many iterations.
+
+    These are of OT(x, x) and OT(y, y), a half-step each, and of OT(x, y), two each. All distances and
+    exponentials are needed once if the kernel is kept ("dense"), once an iteration and for the gradients if
+    not ("blocked"), and in each half-step and for each of the four gradients ("triton").
+    """
+    half_steps = sum(iterations) + iterations[2]
+    kernels = {"dense": 3, "blocked": sum(iterations) + 3, "triton": half_steps + 4}[road]
+    return n * n * (kernels * (2 * d + 1) + half_steps * 2 + 4 * 2 * d)
+
+
+def solver_iterations(x: Tensor, y: Tensor, *setting) -> list[int]:
+    """Of the divergence's three problems, in the order of sinkhorn_operations."""
+    counts = []
+
+    def counted(*args):
+        plan = transport(*args)
+        counts.append(int(plan.count))
+        return plan
+
+    transport = sinkhorn_gan.transport
+    with mock.patch.object(sinkhorn_gan, "transport", counted):
+        sinkhorn_divergence(x, y, setting[0], tol=setting[1], max_iterations=20_000)
+    return counts
+
+
+def floor(form: str, x: Tensor, y: Tensor, *setting) -> float:
+    """Milliseconds below which this repository's form cannot get on this device."""
+    n, d = x.shape
+    if setting:
+        dense = n * n <= sinkhorn_gan.DENSE
+        road = "triton" if sinkhorn_gan.takes_triton(x, "auto") else "dense" if dense else "blocked"
+        operations = sinkhorn_operations(n, d, solver_iterations(x, y, *setting), road)
+    else:
+        operations = mmd_operations(n, d)
+    per_byte, per_operation = (1e3 / rate for rate in rates(x.device.type))
+    return max(4 * n * d * 4 * per_byte, operations * per_operation)
 
 
 def resident(peak: bool) -> int:
@@ -273,13 +451,16 @@ def resident(peak: bool) -> int:
 def memory_here(form: str, n: int, d: int, device: str, threads: int, *setting) -> float:
     """MB (10^6 bytes) that one evaluation adds at its peak, in this process."""
     torch.set_num_threads(threads)
-    evaluate(form, *points(4, d, device), *setting)
-    x, y = points(n, d, device)
-    if device == "cuda":
+    if device == "cuda":  # where the sizes' kernels were compiled and tuned before
+        x, y = points(n, d, device)
+        sinkhorn_gan.triton_loop.cache_clear()  # what is kept for the next evaluation counts
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         evaluate(form, x, y, *setting)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+    evaluate(form, *points(4, d, device), *setting)
+    x, y = points(n, d, device)
     before = resident(peak=False)
     evaluate(form, x, y, *setting)
     return (resident(peak=True) - before) / 1e6
@@ -301,51 +482,99 @@ def extra_memory(form: str, n: int, d: int, device: str, threads: int, *setting)
 def measure(loss: str, forms: list[str], n: int, d: int, args: Args, threads: int) -> list[list[str]]:
     """The table's rows for one size."""
     x, y = points(n, d, args.device)
-    base = "copied form" if loss == "mmd" else forms[0]
-    settings = {form: () for form in forms}
-    if n >= ALONE:
-        forms, exact = ["mmd2" if loss == "mmd" else forms[0]], None
-        settings = {form: () if loss == "mmd" else (epsilon(x, y), 1e-3) for form in forms}
-    elif loss == "mmd":
-        exact = reference(x, y)
-    else:
-        exact = reference_divergence(x, y)
-        settings = {form: GIVEN_UP.get((form, d)) or cheapest(form, x, y, exact) for form in forms}
-        GIVEN_UP.update({(form, d): s for form, s in settings.items() if isinstance(s, str)})
+    base, cuda = "copied form" if loss == "mmd" else forms[0], args.device == "cuda"
+    alone, exact = n >= ALONE[args.device], None
+    if alone:
+        forms = ["mmd2" if loss == "mmd" else forms[0]]
+        SETTINGS.clear()  # nothing is looked up: the script's own tolerance
+    if n < UNKNOWN[args.device]:
+        exact = (reference if loss == "mmd" else reference_divergence)(x, y)
+    settings = {form: settled(form, x, y, exact) for form in forms}
     able = [form for form in forms if not isinstance(settings[form], str)]
     memory = {form: extra_memory(form, n, d, args.device, threads, *settings[form]) for form in able}
+    floors = {form: floor(form, x, y, *settings[form]) for form in able if form in OURS}
+    for form in list(floors) * 2 if cuda else []:  # the second time the Sinkhorn loss records a graph
+        time_once(form, x, y, *settings[form])
+    least = 3 if exact or alone else 1
     times = {form: [] for form in forms}
-    for done in range(max(3, args.repeats * 1024 // n) if exact else 1):
+    for done in range(1 if alone else max(3, args.repeats * 1024 // n)):
         for form in random.sample(able, len(able)):
-            if done < 3 or sum(times[form]) < 3000:
-                if exact:  # as in training: after itself, not on memory that another one gave back
+            if done < least or sum(times[form]) < 3000:
+                if not alone:  # as in training: after itself, not on memory that another one gave back
                     time_once(form, x, y, *settings[form])
                 times[form].append(time_once(form, x, y, *settings[form]))
-    rows = []
+    rows, digits = [], 3 if cuda else 2
     for form in forms:
         if form not in able:
-            rows.append([f"{n}", f"{d}", form, settings[form], *["-"] * 7])
+            rows.append([f"{n}", f"{d}", form, settings[form], *["-"] * (len(WIDTHS) - 4)])
             continue
-        low, median, high = np.quantile(times[form], (0.25, 0.5, 0.75))
-        ratio = np.median(times[base]) / median if base in able and exact else math.nan
-        ratio = f"{ratio if loss == 'mmd' else 1 / ratio:.1f}" if exact else "-"
+        low, median, high = (f"{q:.{digits}f}" for q in np.quantile(times[form], (0.25, 0.5, 0.75)))
+        ratio = np.median(times[base]) / np.median(times[form]) if base in able else math.nan
+        ratio = "-" if alone else f"{ratio if loss == 'mmd' else 1 / ratio:.1f}"
         setting = f"{FORMS[form][1]} {settings[form][1]:g}" if settings[form] else "-"
+        gap = f"{np.median(times[form]) / floors[form]:.1f}" if form in floors else "-"
         errors = relative_errors(evaluate(form, x, y, *settings[form]), exact) if exact else ()
         errors = [f"{error:.0e}" for error in errors] or ["-"] * 3
-        rows.append([f"{n}", f"{d}", form, setting, f"{median:.2f}", f"{low:.2f} to {high:.2f}", ratio])
+        rows.append([f"{n}", f"{d}", form, setting, median, f"{low} to {high}", ratio, gap])
         rows[-1] += [*errors, f"{memory[form]:.1f}"]
     return rows
 
 
+def goal_lines(rows: list[list[str]]) -> list[str]:
+    """A line for each of the goals of which there are rows: reached or missed, and the worst figure."""
+    cells = {}
+    for row in rows:
+        row = dict(zip(WIDTHS, row))
+        cells[row["implementation"], int(row["n = m"]), int(row["d"])] = row["ms"], row["extra MB"]
+    lines = []
+    for ours, rivals, factor, ns, ds in GOALS:
+        figures = []
+        for n, d in [(n, d) for n in ns for d in ds if (ours, n, d) in cells]:
+            times = {form: cells.get((form, n, d), "-")[0] for form in (ours, *rivals)}
+            times = {form: float(ms) for form, ms in times.items() if ms != "-"}
+            own = times.pop(ours, math.inf)
+            if times:
+                rival = min(times, key=times.get)
+                figures.append((times[rival] / own, f"{n}, d = {d}, beside {rival}"))
+        what = f"{ours} at least {factor} times as fast as {' or '.join(rivals)}"
+        if figures:
+            worst, where = min(figures)
+            verdict = "reached" if worst >= factor else "missed"
+            met = sum(figure >= factor for figure, _ in figures)
+            figure = f"{worst:.2f} times at worst, for n = {where}; {met} of {len(figures)} sizes reach it"
+            lines.append(f"Goal: {what}: {verdict}, {figure}.")
+    most, n, d = MEMORY_GOAL
+    for ours in ("sinkhorn_divergence", "mmd2"):
+        extra = cells.get((ours, n, d), "--")[1]
+        if extra != "-":
+            extra = float(extra) - 2 * n * d * 4 / 1e6
+            verdict = "reached" if extra <= most else "missed"
+            what = f"{ours}, n = {n}, d = {d}, in at most {most} MB beside inputs and gradients"
+            lines.append(f"Goal: {what}: {verdict}, {extra:.1f} MB.")
+    return lines
+
+
 def machine(args: Args) -> str:
-    """One line: device, threads, versions, and how busy the machine was."""
+    """One line: device, threads, versions, rates, and how busy the machine was."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
     cpu = names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
     gpu = f"{torch.cuda.get_device_name()}, host " if args.device == "cuda" else ""
     load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return f"{gpu}{cpu}, {torch.get_num_threads()} threads, {versions}{load}"
+    per_second = "{:.0f} GB/s copied, {:.0f} GFLOP/s in float32 products".format(
+        *(rate / 1e9 for rate in rates(args.device))
+    )
+    return f"{gpu}{cpu}, {torch.get_num_threads()} threads, {versions}, {per_second}{load}"
+
+
+def chosen(loss: str, args: Args) -> tuple[list[str], list[str]]:
+    """The forms of a loss that can run here, and the packages that others lack."""
+    cuda = args.device == "cuda"
+    left_out = () if cuda else FLASH if args.compile else (*FLASH, COMPILED)
+    forms = [form for form in (MMD if loss == "mmd" else SINKHORN) if form not in left_out]
+    missing = {NEEDS[form] for form in forms if form in NEEDS and not find_spec(NEEDS[form])}
+    return [form for form in forms if NEEDS.get(form) not in missing], sorted(missing)
 
 
 def main(args: Args) -> None:
@@ -353,7 +582,8 @@ def main(args: Args) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     random.seed(0)
-    lines = []
+    lines, rows = [], []
+    rates(args.device)  # while the machine is as it was found
 
     def say(line: str) -> None:
         print(line, flush=True)
@@ -364,22 +594,26 @@ def main(args: Args) -> None:
         say(f"| {' | '.join(padded)} |")
 
     for loss in ("mmd", "sinkhorn") if args.loss == "all" else (args.loss,):
-        forms = [form for form in (MMD if loss == "mmd" else SINKHORN) if find_spec(NEEDS.get(form, "torch"))]
+        forms, missing = chosen(loss, args)
         say_row([name if name != "speed-up" or loss == "mmd" else "x ours" for name in WIDTHS])
         say_row(["-" * (w - 1) + ("-" if name == "implementation" else ":") for name, w in WIDTHS.items()])
-        for n, d in SIZES[loss]:
+        for n, d in SIZES[loss] + LARGE[args.device][loss]:
             if n <= args.max_n:
                 for row in measure(loss, forms, n, d, args, torch.get_num_threads()):
                     say_row(row)
+                    rows.append(row)
         what = {
             "mmd": f"bandwidths {BANDWIDTHS}, biased; speed-up over the copied form",
             "sinkhorn": f"epsilon {EPSILON} mean cost, errors within {WITHIN}; time as a multiple of ours",
         }
         say(f"\nValue and both gradients, float32, {what[loss]}.")
-        if missing := {NEEDS[form] for form in set(SINKHORN) - set(forms) if form in NEEDS and loss != "mmd"}:
-            say(f"Left out, as they are not installed: {', '.join(sorted(missing))}.")
-        if args.max_n >= ALONE:
-            say(f"From n = {ALONE} on the others are left out.\n")
+        if missing:
+            say(f"Left out, as they are not installed: {', '.join(missing)}.")
+        if args.max_n >= ALONE[args.device]:
+            say(f"From n = {ALONE[args.device]} on the others are left out.")
+        say("")  # before the next table, the goals or the machine
+    for line in goal_lines(rows) if args.device == "cuda" else []:
+        say(f"{line}\n")
     say(f"Machine: {machine(args)}.")
     say(f"\nCommand: `{shlex.join(['python', *sys.argv])}`")
     if args.markdown:

@@ -28,14 +28,17 @@ def load(name):
 losses, training = load("losses"), load("training")
 
 
-@pytest.mark.parametrize("form", losses.MMD)
+EAGER = [form for form in losses.MMD if form != losses.COMPILED]
+
+
+@pytest.mark.parametrize("form", EAGER)
 def test_forms_of_mmd_agree(form):
     x, y = losses.points(40, 5, "cpu")
     errors = losses.relative_errors(losses.evaluate(form, x, y), losses.reference(x, y, block=16))
     assert max(errors) < 1e-4
 
 
-@pytest.mark.parametrize("form", losses.SINKHORN)
+@pytest.mark.parametrize("form", [form for form in losses.SINKHORN if form not in losses.FLASH])
 def test_forms_of_the_sinkhorn_divergence_agree(form):
     """Each has a setting that is accurate enough, and what is called cheapest is."""
     pytest.importorskip(losses.NEEDS.get(form, "torch"))
@@ -44,6 +47,19 @@ def test_forms_of_the_sinkhorn_divergence_agree(form):
     x, y = losses.points(40, 16, "cpu")
     exact = losses.reference_divergence(x, y)
     setting = losses.cheapest(form, x, y, exact)
+    assert isinstance(setting, tuple), setting
+    errors = losses.relative_errors(losses.evaluate(form, x, y, *setting), exact)
+    assert all(error <= limit for error, limit in zip(errors, losses.WITHIN))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", [losses.COMPILED, *losses.FLASH])
+def test_forms_on_cuda_agree(form):
+    """What compiles for long or runs nowhere else."""
+    pytest.importorskip(losses.NEEDS.get(form, "torch"))
+    x, y = losses.points(64, 16, "cuda")
+    exact = (losses.reference if form == losses.COMPILED else losses.reference_divergence)(x, y)
+    setting = losses.settled(form, x, y, exact)
     assert isinstance(setting, tuple), setting
     errors = losses.relative_errors(losses.evaluate(form, x, y, *setting), exact)
     assert all(error <= limit for error, limit in zip(errors, losses.WITHIN))
@@ -62,13 +78,101 @@ def test_what_is_too_dear_is_left_out(monkeypatch):
 def test_a_row_of_each_form(monkeypatch):
     """The cells of a table of one small size, without the processes that measure memory."""
     monkeypatch.setattr(losses, "extra_memory", lambda *args: 1.0)
+    monkeypatch.setattr(losses, "rates", lambda device: (1e10, 1e11))
     monkeypatch.setitem(losses.FORMS, "autograd", (losses.unrolled, "iterations", (500,)))
     args = losses.Args(repeats=1)
-    for loss, forms in (("mmd", losses.MMD), ("sinkhorn", ["sinkhorn_divergence", "autograd"])):
+    for loss, forms in (("mmd", EAGER), ("sinkhorn", ["sinkhorn_divergence", "autograd"])):
         rows = losses.measure(loss, forms, 16, 8, args, torch.get_num_threads())
         assert [row[2] for row in rows] == forms and {len(row) for row in rows} == {len(losses.WIDTHS)}
         base = rows[0]
         assert base[6] == "1.0" and all(float(row[4]) > 0 for row in rows)
+        assert [row[7] != "-" for row in rows] == [form in losses.OURS for form in forms]
+        assert all(float(row[7]) > 0 for row in rows if row[7] != "-")
+
+
+def test_operations_by_hand():
+    # The points 0 and 1: three pairs, of which one has two orders; five bandwidths.
+    assert losses.mmd_operations(1, 1) == 3 * (2 + 5 * 4) + 4 * 2
+    # Four pairs, d = 3; half-steps 1 + 2 + 2 * 4, whose sums take two operations a pair; four gradients.
+    sums, gradients = 11 * 2, 4 * 6
+    for road, kernels in (("dense", 3), ("blocked", 7 + 3), ("triton", 11 + 4)):
+        expected = 4 * (kernels * (6 + 1) + sums + gradients)
+        assert losses.sinkhorn_operations(2, 3, [1, 2, 4], road) == expected
+
+
+def test_floor_is_the_larger_of_bytes_and_operations(monkeypatch):
+    (x, y), setting = losses.points(16, 8, "cpu"), (0.5, 1e-2)
+    counts = losses.solver_iterations(x, y, *setting)
+    for count, v in zip(counts, (x, y)):
+        info = sinkhorn_gan.sinkhorn_potentials(v, v, 0.5, tol=1e-3, return_info=True)[2]
+        assert count == info["iterations"]
+    operations = losses.sinkhorn_operations(16, 8, counts, "dense")
+    monkeypatch.setattr(losses, "rates", lambda device: (math.inf, 1e3))
+    assert losses.floor("sinkhorn_divergence", x, y, *setting) == pytest.approx(operations)
+    assert losses.floor("mmd2", x, y) == pytest.approx(losses.mmd_operations(16, 8))
+    monkeypatch.setattr(losses, "rates", lambda device: (1e3, math.inf))
+    assert losses.floor("mmd2", x, y) == pytest.approx(4 * 16 * 8 * 4)
+
+
+def row(form, n, d, ms, extra="-"):
+    """A row of the table with what goals look at."""
+    cells = {"n = m": f"{n}", "d": f"{d}", "implementation": form, "ms": ms, "extra MB": extra}
+    return [cells.get(name, "-") for name in losses.WIDTHS]
+
+
+def test_goals_of_made_up_rows():
+    rows = [row("sinkhorn_divergence", n, 16, "1.000") for n in (64, 256, 1024)]
+    rows += [row("flash-sinkhorn alternating", n, 16, ms) for n, ms in ((64, "3.500"), (256, "9.000"))]
+    rows += [row("geomloss tensorized", 64, 16, "5.000"), row("geomloss tensorized", 1024, 16, "-")]
+    rows += [row("pot sinkhorn_log", 64, 16, "0.100")]  # no goal speaks of it
+    (line,) = losses.goal_lines(rows)
+    assert "reached, 3.50 times at worst, for n = 64, d = 16, beside flash-sinkhorn alternating" in line
+    assert "2 of 2 sizes" in line
+    (line,) = losses.goal_lines([*rows, row("geomloss online", 256, 16, "2.900")])
+    assert "missed, 2.90 times at worst, for n = 256" in line and "1 of 2 sizes" in line
+
+    rows = [row("mmd2", 1024, 64, "2.000"), row("copied form", 1024, 64, "20.000")]
+    rows += [row("copied form compiled", 1024, 64, "5.900"), row("mmd2", 64, 64, "9.000")]
+    ten, three = losses.goal_lines(rows)
+    assert "reached, 10.00 times" in ten and "missed, 2.95 times" in three
+    (ours_failed, _) = losses.goal_lines([row("mmd2", 1024, 64, "-"), *rows[1:]])
+    assert "missed, 0.00 times" in ours_failed
+
+    # 65,536 x 64 float32 gradients of x and of y are 33.554 MB.
+    for extra, verdict in (("97.5", "reached, 63.9 MB"), ("97.6", "missed, 64.0 MB")):
+        (line,) = losses.goal_lines([row("mmd2", 65_536, 64, "1.000", extra)])
+        assert verdict in line
+    assert losses.goal_lines([]) == []
+
+
+def test_missing_packages_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(losses, "find_spec", lambda name: None)
+    monkeypatch.setattr(losses, "rates", lambda device: (1e10, 1e11))
+    losses.main(losses.Args(loss="sinkhorn", max_n=1))
+    assert "\nLeft out, as they are not installed: geomloss, ot, pykeops.\n" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    forms, missing = losses.chosen("sinkhorn", losses.Args(device="cuda"))
+    assert forms == ["sinkhorn_divergence", "autograd"] and "flash_sinkhorn" in missing
+    assert losses.chosen("mmd", losses.Args(device="cuda")) == (losses.MMD, [])
+    assert losses.COMPILED not in losses.chosen("mmd", losses.Args())[0]
+    assert losses.chosen("mmd", losses.Args(compile=True))[0] == losses.MMD
+
+
+def test_settings_for_more_points(monkeypatch, capsys):
+    """Without a reference, those found for fewer points. What fails is not tried again; ours has to run."""
+    monkeypatch.setattr(losses, "SETTINGS", {})
+    monkeypatch.setattr(losses, "GIVEN_UP", {})
+    x, y = losses.points(16, 8, "cpu")
+    assert losses.settled("autograd", x, y, None) == "no setting"
+    losses.GIVEN_UP.clear()
+    found = losses.settled("autograd", x, y, losses.reference_divergence(x, y))
+    assert losses.settled("autograd", x, y, None) == found and isinstance(found, tuple)
+    monkeypatch.setitem(losses.FORMS, "autograd", (lambda *_: 1 / 0, "iterations", (5,)))
+    assert losses.settled("autograd", x, y, (x,)) == "fails" == losses.GIVEN_UP["autograd", 8]
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    monkeypatch.setitem(losses.FORMS, "sinkhorn_divergence", (lambda *_: 1 / 0, "tol", (5,)))
+    with pytest.raises(ZeroDivisionError):
+        losses.settled("sinkhorn_divergence", x, y, (x,))
 
 
 def started(name, data_dir):
