@@ -34,7 +34,7 @@ SINKHORN = {
     "one point": (1, 1, 1, {}),
     "odd sizes": (5, 9, 3, {}),
     "weights": (20, 13, 17, {"weighted": True}),
-    "many programs": (150, 40, 2, {"eps": 0.2}),
+    "many programs": (150, 40, 2, {}),
     "cosine": (6, 7, 17, {"cost": "cosine"}),
     "images": (3, 2, 784, {}),
 }
@@ -78,7 +78,7 @@ def sinkhorn_errors(n: int, m: int, d: int, options: dict, device: str = "cpu") 
     """Errors of sinkhorn_divergence by Triton, and of its gradients, against float64."""
     x, y = points(n, m, d, device)
     options = options.copy()
-    eps = options.pop("eps", 0.1) * float(sinkhorn_gan.mean_cost(x, y, options.get("cost", "euclidean")))
+    eps = options.pop("eps", 0.4) * float(sinkhorn_gan.mean_cost(x, y, options.get("cost", "euclidean")))
     eps = eps or 1.0
     weights = [torch.arange(1.0, k + 1, device=device) for k in (n, m)]
     weights = [w / w.sum() for w in weights] if options.pop("weighted", False) else [None, None]
@@ -122,18 +122,13 @@ def interpret(loss: str) -> None:
 
 
 MEANS, GRADIENT = {"KIND": "chain", "UNBIASED": True, "BLOCK": 64}, {"KIND": "chain", "UNBIASED": True}
-LAUNCHES = [  # every form of a kernel that is launched: kernel, its constants, warps
-    *(("means", MEANS | {"BLOCK_D": size}, 4) for size in (16, 32)),
-    *(
-        ("gradient", GRADIENT | {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": size}, warps)
-        for size, warps in ((16, 4), (64, 4), (128, 8))
-    ),
+LAUNCHES = [  # the largest forms of the kernels that are launched: kernel, its constants, warps
+    ("means", MEANS | {"BLOCK_D": 32}, 4),
+    ("gradient", GRADIENT | {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": 64}, 4),
+    ("gradient", GRADIENT | {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": 128}, 8),
     ("iterate", {"SELF": False, "BLOCK": 64, "BLOCK_D": 32}, 4),
-    ("iterate", {"SELF": True, "BLOCK": 16, "BLOCK_D": 16}, 4),
-    *(
-        ("finish", {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": size}, warps)
-        for size, warps in ((0, 4), (64, 4), (128, 8))
-    ),
+    ("finish", {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": 64}, 4),
+    ("finish", {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": 128}, 8),
 ]
 INTEGERS = ["n", "m", "d", "parts", "first", "steps"]
 
