@@ -978,7 +978,7 @@ class TritonLoop:
         """The next half-steps, so many."""
         at_once = steps if self.programs == 1 else 1
         buffers = self.z, self.log_w, self.p, self.errors, self.counts, self.scale
-        kernel = self.same, self.block, 16 if self.d <= 16 else 32, dot_precision(self.z)
+        kernel = self.same, self.block, 16, dot_precision(self.z)
         sizes, options = (self.n, self.m, self.d, self.tol), {"num_warps": 4, "num_stages": 1}
         for first in range(0, steps, at_once):
             triton_sinkhorn()[0][(self.programs,)](*buffers, *sizes, first, at_once, *kernel, **options)

@@ -126,7 +126,7 @@ LAUNCHES = [  # the largest forms of the kernels that are launched: kernel, its 
     ("means", MEANS | {"BLOCK_D": 32}, 4),
     ("gradient", GRADIENT | {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": 64}, 4),
     ("gradient", GRADIENT | {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": 128}, 8),
-    ("iterate", {"SELF": False, "BLOCK": 64, "BLOCK_D": 32}, 4),
+    ("iterate", {"SELF": False, "BLOCK": 64, "BLOCK_D": 16}, 4),
     ("finish", {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": 64}, 4),
     ("finish", {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": 128}, 8),
 ]
