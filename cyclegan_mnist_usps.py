@@ -106,6 +106,9 @@ class Args:
     """channels of the networks' first layers"""
     num_blocks: int = 2
     """residual blocks of a generator"""
+    identity_start: bool = True
+    """let the generators add to their input, and begin with adding nothing; else, as in the paper, they make
+    all of their output, and digits are swapped"""
     cycle_weight: float = 10.0
     """factor lambda of the cycle loss"""
     identity_weight: float = 5.0
@@ -330,15 +333,17 @@ class Generator(nn.Module):
     """Images (b, 1, 28, 28) in [-1, 1] to images of the other domain; the identity, but for 3%, at first.
 
     What the network makes is added to the input's logits: y = tanh(atanh(0.97 x) + net(x)), and the last
-    layer of net starts at zero. CycleGAN's order of layers: 7 x 7, halving, residual blocks, doubling, 7 x 7.
+    layer of net starts at zero; without identity_start y = tanh(net(x)), as in the paper. Layers are in
+    CycleGAN's order: 7 x 7, halving, residual blocks, doubling, 7 x 7.
     """
 
-    def __init__(self, channels: int, num_blocks: int):
+    def __init__(self, channels: int, num_blocks: int, identity_start: bool = True):
         super().__init__()
-        c = channels
+        c, self.identity_start = channels, identity_start
         last = nn.Conv2d(c, 1, 7, padding=3, padding_mode="reflect")
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        if identity_start:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
         self.net = nn.Sequential(
             *(nn.Conv2d(1, c, 7, padding=3, padding_mode="reflect"), nn.InstanceNorm2d(c), nn.ReLU()),
             *(nn.Conv2d(c, 2 * c, 3, 2, 1), nn.InstanceNorm2d(2 * c), nn.ReLU()),  # (b, 2 c, 14, 14)
@@ -349,7 +354,8 @@ class Generator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Translations (b, 1, 28, 28) in [-1, 1] of images (b, 1, 28, 28)."""
-        return torch.tanh(torch.atanh(0.97 * images) + self.net(images))
+        added = self.net(images)
+        return torch.tanh(torch.atanh(0.97 * images) + added if self.identity_start else added)
 
 
 class ResidualBlock(nn.Module):
@@ -379,7 +385,8 @@ def make_discriminator(channels: int, spectral_norm: bool) -> nn.Sequential:
 
 def make_generators(args: Args) -> nn.ModuleDict:
     """The two generators, by direction."""
-    return nn.ModuleDict({d: Generator(args.channels, args.num_blocks) for d in DIRECTIONS})
+    make = partial(Generator, args.channels, args.num_blocks, args.identity_start)
+    return nn.ModuleDict({direction: make() for direction in DIRECTIONS})
 
 
 def average(model: nn.Module, decay: float) -> AveragedModel:

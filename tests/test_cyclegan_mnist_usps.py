@@ -217,6 +217,18 @@ def test_generators_start_at_the_identity():
     }  # the zero layer shields the rest
 
 
+def test_generators_may_start_anywhere():
+    """Without the identity start the input does not pass by the network, and every layer learns at once."""
+    torch.manual_seed(0)
+    generator = Generator(4, 2, identity_start=False)
+    images = torch.linspace(-1, 1, 784).view(1, 1, 28, 28)
+    out = generator(images)
+    torch.testing.assert_close(out, torch.tanh(generator.net(images)))
+    assert (out - images).abs().mean() > 0.1
+    (out * torch.randn_like(out)).sum().backward()
+    assert all((p.grad != 0).any() for name, p in generator.named_parameters() if name.endswith("weight"))
+
+
 def test_discriminators_see_patches():
     """Without instance normalisation, which looks at the whole image, a verdict depends on 22 x 22 pixels."""
     for spectral_norm in (False, True):
@@ -396,7 +408,7 @@ def test_a_run_and_what_it_leaves(tiny):
 OPTIONS = [
     {"semantic_consistency": "mnist"},
     {"semantic_consistency": "usps", "semantic_weight": 0.5, "augment": True},
-    {"spectral_norm": True, "eval_split": "validation"},
+    {"spectral_norm": True, "eval_split": "validation", "identity_start": False},
     {"augment": True, "lr_decay": 0.0, "ema_decay": 0.0},
     {"identity_weight": 0.0, "cycle_weight": 0.0, "usps_size": 28},
     {"num_blocks": 3, "beta1": 0.0, "lr_generator": 1e-4, "lr_discriminator": 1e-4},
