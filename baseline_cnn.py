@@ -467,11 +467,13 @@ class Run:
     """A run: its folder, its steps, its checkpoints, and its twin at W&B."""
 
     quiet = None  # a bar where there is a terminal; with True there is none
+    evaluate: Callable[[], dict]  # measures the networks as they are, and draws samples.png: set by train
 
     def __init__(self, args, script: str, checkpoint: dict | None, device: torch.device):
         self.args, self.script, self.checkpoint, self.device = args, script, checkpoint or {}, device
         self.step, self.seconds = self.checkpoint.get("step", 0), self.checkpoint.get("seconds", 0.0)
         self.first_step = self.last_saved = self.step
+        self.pending = self.checkpoint.get("pending")
         name = f"{args.exp_name}__{args.dataset}__{args.seed}__{int(time.time())}"
         self.folder = Path(args.resume or Path(args.run_dir) / name)
         results = self.folder / "results.json"
@@ -485,7 +487,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
             lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
             # What an interrupted run wrote after its last checkpoint will be written again.
-            lines = [f"{line}\n" for line in lines if json.loads(line)["step"] <= self.step]
+            done = self.step - bool(self.pending)
+            lines = [f"{line}\n" for line in lines if json.loads(line)["step"] <= done]
             write_file(self.metrics_file, "".join(lines))
             write_file(self.folder / "args.json", json.dumps(vars(args), indent=2))
         except OSError as error:
@@ -494,7 +497,8 @@ class Run:
         self.wandb_run = start_wandb(args, self.folder.name, wandb_id) if args.track else None
         self.wandb_id = self.wandb_run.id if self.wandb_run else wandb_id
         self.parts, self.stopped, self.scalars, self.metrics = {}, [], {}, {}
-        if self.step == args.num_steps:  # all that lacks is results.json, from the last line of metrics.jsonl
+        # All that lacks may be results.json, from the last line of metrics.jsonl.
+        if self.step == args.num_steps and not self.pending:
             last = json.loads(lines[-1]) if lines else {}
             if last.get("step") != self.step:
                 fail(f"{self.metrics_file} lacks step {self.step}, the last; go on further with --num-steps")
@@ -512,8 +516,8 @@ class Run:
             if self.device.type == "cuda" and self.checkpoint["rng_cuda"] is not None:
                 torch.cuda.set_rng_state(self.checkpoint["rng_cuda"], self.device)
 
-    def save(self) -> None:
-        """Write checkpoint.pt."""
+    def save(self, pending: dict | None = None) -> None:
+        """Write checkpoint.pt; pending are the scalars of a step that has yet to be evaluated."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {
             "script": self.script,
@@ -523,7 +527,7 @@ class Run:
         }
         state["rng_cuda"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state |= {"seconds": self.seconds + time.time() - self.start, "wandb_id": self.wandb_id}
-        state["paused"] = self.checkpoint.get("paused", 0.0) + self.paused
+        state |= {"paused": self.checkpoint.get("paused", 0.0) + self.paused, "pending": pending}
         write_file(self.folder / "checkpoint.pt", state)
         self.last_saved = self.step
 
@@ -536,24 +540,35 @@ class Run:
         """Whether what is done every so many steps, and after the last one, is to be done now."""
         return self.step % every == 0 or self.step == self.args.num_steps
 
+    def stop(self, number: int, _) -> None:
+        """Take a signal: after the first one the step at hand is the last; the second one breaks it off."""
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped.append(number)
+
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to do. After Ctrl-C or SIGTERM the step at hand is the last, and saved."""
         signals = signal.SIGINT, signal.SIGTERM
-        handlers = [signal.signal(s, lambda number, _: self.stopped.append(number)) for s in signals]
+        handlers = [signal.signal(s, self.stop) for s in signals]
         total, self.start, self.paused = self.args.num_steps, time.time(), 0.0
         look = {"disable": self.quiet, "dynamic_ncols": True}
         self.bar = tqdm(total=total, initial=self.step, desc=self.script, **look)
-        while self.step < total and not self.stopped:
-            self.step += 1
-            yield self.step
-            self.bar.update()
-            if self.stopped or self.due(self.args.eval_every):
+        try:
+            if self.pending:  # the run was broken off while it was evaluated
+                self.log(self.pending)
                 self.save()
-        self.bar.close()
-        for number, handler in zip(signals, handlers):
-            signal.signal(number, handler)
+            while self.step < total and not self.stopped:
+                self.step += 1
+                yield self.step
+                self.bar.update()
+                if self.stopped or self.due(self.args.eval_every):
+                    self.save()
+        finally:
+            self.bar.close()
+            for number, handler in zip(signals, handlers):
+                signal.signal(number, handler)
 
-    def log(self, scalars: dict[str, Tensor | float], evaluate: Callable[[], dict]) -> None:
+    def log(self, scalars: dict[str, Tensor | float]) -> None:
         """Write a step's scalars and, when it is due, evaluate() and the samples.png that it has drawn."""
         evaluated = self.due(self.args.eval_every)
         self.scalars = {name: torch.as_tensor(value).item() for name, value in scalars.items()}
@@ -570,12 +585,13 @@ class Run:
             )
             what = f"the loss is not finite at step {self.step}: {self.scalars}"
             fail(f"{what}; last good checkpoint: {kept}; try lower learning rates")
-        done = self.step - self.first_step
-        self.scalars["steps_per_second"] = done / (time.time() - self.start - self.paused)
+        if done := self.step - self.first_step:  # the scalars of a pending step have it already
+            self.scalars["steps_per_second"] = done / (time.time() - self.start - self.paused)
         row, pictures = {"step": self.step} | self.scalars, {}
         if evaluated:
+            self.save(pending=self.scalars)  # a run that is broken off in an evaluation loses nothing
             pause = time.time()
-            self.metrics = evaluate()
+            self.metrics = self.evaluate()
             self.paused += time.time() - pause
             row, pictures = row | self.metrics, {"samples": self.folder / "samples.png"}
         with self.metrics_file.open("a") as file:
@@ -719,11 +735,12 @@ def train(args: Args) -> Path:
         return {"loss": loss}
 
     recorded = Recorded(step, device, args.compile, optimizer)
+    run.evaluate = evaluate
     for _ in run.steps():
         set_rates(optimizer, args.lr * (args.num_steps + 1 - run.step) / args.num_steps)
         scalars = recorded()
         if run.due(args.log_every) or run.due(args.eval_every):
-            run.log(scalars, evaluate)
+            run.log(scalars)
     return run.finish(lambda: {"num_labels": args.num_labels, "label_seed": args.label_seed})
 
 
@@ -737,4 +754,8 @@ if __name__ == "__main__":
         args = tyro.cli(Args)
     except ValueError as error:  # later versions of tyro show it themselves
         fail(str(error))
-    main(args)
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        print("interrupted; a run that has saved a checkpoint.pt goes on with --resume", file=sys.stderr)
+        raise SystemExit(130) from None

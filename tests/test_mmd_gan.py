@@ -256,6 +256,45 @@ def test_resume_is_bit_for_bit(options, tiny, monkeypatch, capsys):
     assert (folder / "samples.png").read_bytes() == (straight / "samples.png").read_bytes()
 
 
+@pytest.mark.parametrize("number, step", [(1, 3), (2, 4)], ids=["midway", "last"])
+def test_broken_off_in_an_evaluation(number, step, finished, tiny, monkeypatch):
+    """The second Ctrl-C ends an evaluation at once; the step is saved, and a resumed run evaluates it."""
+    args, measure, calls = tiny(), mmd_gan.Evaluation.__call__, itertools.count(1)
+
+    def interrupted(*inputs):
+        if next(calls) == number:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        return measure(*inputs)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mmd_gan.Evaluation, "__call__", interrupted)
+        main(args)
+    assert signal.getsignal(signal.SIGINT) is before
+    (folder,) = Path(args.run_dir).glob(f"{args.exp_name}__*")
+    assert load(folder)["step"] == step and [row["step"] for row in metrics(folder)] == list(range(1, step))
+    assert main(Args(resume=str(folder))) == folder
+    assert metrics(folder) == metrics(finished)
+    assert_complete(folder, [3, 4])
+    pairs = zip(tensors(load(folder)), tensors(load(finished)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_died_between_an_evaluation_and_its_checkpoint(finished, tmp_path, monkeypatch):
+    """The step is evaluated again, and has one line."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    state, last = load(folder), metrics(folder)[-1]
+    loss = {name: last[name] for name in ("loss_generator", "k_xx")} | {"steps_per_second": 1.0}
+    torch.save(state | {"pending": loss}, folder / "checkpoint.pt")
+    (folder / "results.json").unlink()
+    main(Args(resume=str(folder), run_dir=str(finished.parent)))
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4] and metrics(folder)[-1]["fid"] == last[
+        "fid"
+    ]
+    assert json.loads((folder / "results.json").read_text())["fid"] == last["fid"]
+
+
 def test_stop_before_anything_is_logged(tiny, monkeypatch, capsys):
     """Ctrl-C in the first step of a run that logs every hundred: one line, a checkpoint, and it resumes."""
     args, unpatched = tiny(log_every=100, eval_every=100), mmd_gan.Run.steps

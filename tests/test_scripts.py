@@ -4,6 +4,7 @@ import ast
 import functools
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,26 @@ def test_the_check_of_definitions_can_fail():
         "f differs between a.py and b.py"
     ]
     assert differing({"a.py": one, "b.py": one.replace("@a\n", "")}) == ["g differs between a.py and b.py"]
+
+
+def test_all_scripts_start_alike():
+    ends = {(ROOT / name).read_text(encoding="utf-8").split("\nif __name__")[1] for name in SCRIPTS}
+    assert len(ends) == 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_interrupt_is_one_line(name, monkeypatch, capsys):
+    """As of Ctrl-C while a judge trains, before the first step."""
+
+    class Interrupted:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("tyro.cli", lambda kind: Interrupted())
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 130 and "interrupted" in line and "--resume" in line
 
 
 def metadata(name: str) -> str:
