@@ -191,6 +191,15 @@ def test_auto_says_nothing_on_the_cpu():
         sinkhorn_gan.sinkhorn_divergence(x, y, 0.3)
 
 
+def test_epsilon_may_be_a_tensor():
+    """As in a CUDA graph, where no number can be read: nothing else differs."""
+    x, y = points(6, 7, 3)
+    for loss in (sinkhorn_gan.sinkhorn_divergence, sinkhorn_gan.ot_cost):
+        torch.testing.assert_close(loss(x, y, torch.tensor(0.3)), loss(x, y, 0.3))
+        with pytest.raises(ValueError, match="eps must be positive"):
+            loss(x, y, torch.tensor(-0.3))
+
+
 # On a GPU
 
 
