@@ -886,7 +886,7 @@ def triton_sinkhorn() -> tuple:
                 mean = tl.dot(power, b, mean * fade[:, None], input_precision=PRECISION)
         return -(top + tl.log2(total)), mean / total[:, None]
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["first", "steps"])
     def iterate(z, log_w, p, errors, counts, scale, n, m, d, tol, first, steps, SELF: tl.constexpr,
                 BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
         # Half-steps first, first + 1, ... of a chunk; counts: how many came before it, and in all. errors
