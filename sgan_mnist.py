@@ -174,6 +174,8 @@ class Args:
                 raise ValueError(f"{option} must be {wanted}, not {value}")
         if 0 < self.num_eval_samples < 10:
             raise ValueError(f"--num-eval-samples must be 0 or at least 10, not {self.num_eval_samples}")
+        if not self.generate and (self.checkpoint, self.out) != (None, None):
+            raise ValueError("--checkpoint and --out are for samples: give --generate as well")
         if self.batch_size < 2:
             raise ValueError(f"--batch-size must be at least 2, not {self.batch_size}")
 
