@@ -258,15 +258,6 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> tuple[Tensor, T
     return x, y, x_eval, y_eval
 
 
-def toy_modes(dataset: str) -> tuple[Tensor, float]:
-    """Means (k, 2) and standard deviation of a 2-D mixture, as in VEEGAN (2017) and PacGAN (2018)."""
-    if dataset == "ring":
-        angle = torch.arange(8) * (math.pi / 4)
-        return torch.stack((angle.cos(), angle.sin()), 1), 0.01
-    axis = torch.arange(-4.0, 5.0, 2.0)
-    return torch.cartesian_prod(axis, axis), 0.05
-
-
 def to_float(images: Tensor) -> Tensor:
     """uint8 images (n, 28, 28) as floats (n, 1, 28, 28) in [-1, 1]."""
     return images.unsqueeze(1).float() / 127.5 - 1
@@ -583,36 +574,24 @@ def image_metrics(judge: Judge, fake: Tensor, real: Tensor, labels: Tensor) -> d
     return metrics | {"class_kl": kl, "class_shares": [round(s, 4) for s in shares.tolist()]}
 
 
-def toy_metrics(samples: Tensor, modes: Tensor, std: float) -> dict:
-    """Of samples (n, 2) and a mixture's modes (k, 2): modes covered, share of samples of high quality (within
-    3 std of the nearest mode), and the KL divergence of the modes' shares, by nearest mode, from uniform."""
-    distance, nearest = torch.cdist(samples, modes).min(1)
-    good = distance <= 3 * std
-    shares = nearest.bincount(minlength=len(modes)) / len(samples)
-    kl = torch.xlogy(shares, shares * len(modes)).sum().item()
-    return {"modes": len(nearest[good].unique()), "high_quality": good.float().mean().item(), "mode_kl": kl}
+class ImageEvaluation:
+    """Measures generated images by the judge against images that are held out.
 
-
-class Evaluation:
-    """Measures samples: points by a toy's modes, images by the judge against images that are held out.
-
-    `data` are the training samples, `held` their labels and the images (n, 28, 28) and labels of the other
+    `data` are the training images, `held` their labels and the images (n, 28, 28) and labels of the other
     part.
     """
 
     def __init__(self, args, data: Tensor, held: list[Tensor]):
-        self.modes = toy_modes(args.dataset) if not held else None
-        self.count, self.split = args.num_eval_samples, args.eval_split
-        if held and self.count:
+        self.count, self.split = min(args.num_eval_samples, len(held[1])), args.eval_split
+        if self.count:
             labels, x, self.labels = held
-            self.count = min(self.count, len(x))
             self.judge, self.judge_hash = load_judge(args, data, labels)
             self.images, self.known = x[: self.count], data[: self.count]
 
     @cached_property
     def facts(self) -> dict:
         """What results.json says of the judge, with its metrics for training images: the floor."""
-        if self.modes or not self.count:
+        if not self.count:
             return {}
         hits = judge_images(self.judge, self.images)[1].argmax(1) == self.labels[: self.count]
         facts = {"judge": self.judge_hash, "judge_accuracy": hits.float().mean().item()}
@@ -621,11 +600,9 @@ class Evaluation:
         return facts | {"num_eval": self.count} | {f"floor_{name}": v for name, v in floor.items()}
 
     def __call__(self, samples: Tensor) -> dict:
-        """Metrics of images (n, ...) or points (n, 2), of which the first num_eval_samples count."""
+        """Metrics of images (n, ...), of which the first num_eval_samples count."""
         if not self.count:
             return {}
-        if self.modes:
-            return toy_metrics(samples[: self.count].cpu(), *self.modes)
         _ = self.facts  # says the floor, once
         return image_metrics(self.judge, samples[: self.count], self.images, self.labels)
 
@@ -1164,7 +1141,7 @@ def train(args: Args) -> Path:
     if args.init_from and not checkpoint:
         load_networks(args, generator, averaged, discriminator)
     run = Run(args, SCRIPT, checkpoint, device)
-    evaluation = Evaluation(args, x, [y, x_eval, y_eval])
+    evaluation = ImageEvaluation(args, x, [y, x_eval, y_eval])
 
     adam = partial(torch.optim.Adam, betas=(args.beta1, 0.99), fused=True)
     trained = [network for network in (generator, mixture) if [*network.parameters()]]
@@ -1265,7 +1242,7 @@ def generate(args: Args) -> Path:
         options = {"run_dir": str(near), "num_eval_samples": min(args.num_eval_samples, args.generate)}
         try:
             near.mkdir(parents=True, exist_ok=True)
-            evaluation = Evaluation(dataclasses.replace(made, **options), x, held)
+            evaluation = ImageEvaluation(dataclasses.replace(made, **options), x, held)
         except OSError as error:
             fail(f"cannot keep the judge in {near} ({error.strerror}); name another folder with --run-dir")
 
