@@ -22,11 +22,13 @@ this script measures it, and starts the generators at the identity. Read it besi
     Shrivastava et al. 2017      the buffer of earlier translations                  1612.07828
     Hoffman et al. 2018          CyCADA: semantic consistency                        1711.03213
 
-Departures from CycleGAN, for images of 28 x 28: one halving instead of two, two residual blocks instead of
-nine, patches of 22 pixels instead of 70, batches of 16 instead of 1 and higher learning rates for a shorter
-run; generators add to their input, in the logits of the pixels, and begin with adding nothing; what is kept
-of them is an average over the steps. With --semantic-consistency CyCADA's classifier of the source stays as
-it is, and sees its images augmented.
+Departures from CycleGAN, for images of 28 x 28: USPS's digits are scaled to 20 pixels and centred by mass, as
+MNIST was made (--usps-size); 16 channels, in discriminators 32, instead of 64; one halving instead of two,
+two residual blocks instead of nine, transposed convolutions of kernel 4 instead of 3, instance normalisation
+without scale and shift, patches of 22 pixels instead of 70, batches of 16 instead of 1 and higher learning
+rates for a shorter run; generators add to their input, in the logits of the pixels, and begin with adding
+nothing; what is kept of them is an average over the steps. With --semantic-consistency CyCADA's classifier of
+the source stays as it is, and sees its images augmented.
 
     python cyclegan_mnist_usps.py                                # 1,000 steps, no label is used
     python cyclegan_mnist_usps.py --semantic-consistency mnist   # with the labels of MNIST; usps: of USPS
@@ -170,6 +172,12 @@ class Args:
                 raise ValueError(f"{option} must be {wanted}, not {value}")
         if 0 < self.num_eval_samples < 10:
             raise ValueError(f"--num-eval-samples must be 0 or at least 10, not {self.num_eval_samples}")
+        translating, default = self.generate or self.input, (None, None, Args.direction)
+        if not translating and (self.checkpoint, self.out, self.direction) != default:
+            raise ValueError("--checkpoint, --out and --direction need --generate or --input as well")
+        weighted = self.semantic_weight != Args.semantic_weight
+        if weighted and self.semantic_consistency == "none" and not self.resume:
+            raise ValueError("--semantic-weight is for --semantic-consistency: give that as well")
 
 
 def fail(message: str) -> NoReturn:
@@ -246,12 +254,16 @@ def load_domains(args: Args, device: torch.device) -> dict[str, list[Tensor]]:
 
 def read_pngs(folder: Path, usps: bool, size: int) -> tuple[list[str], Tensor]:
     """Names and images (n, 28, 28) uint8 of a folder's PNG files; those of USPS may have 16 x 16 pixels."""
-    names, images = sorted(p.name for p in folder.glob("*.png")) if folder.is_dir() else [], []
+    names = sorted(p.name for p in folder.glob("*.[pP][nN][gG]")) if folder.is_dir() else []
+    images = []
     if not names:
         fail(f"--input {folder} is no folder with PNG files in it")
     for name in names:
         try:
-            image = torch.from_numpy(np.array(Image.open(folder / name).convert("L")))
+            picture = Image.open(folder / name)
+            if picture.mode[0] in "IF":  # Pillow would clip them, mostly to white
+                fail(f"{folder / name} has more than 8 bits per pixel; convert it first")
+            image = torch.from_numpy(np.array(picture.convert("L")))
         except Exception as error:
             fail(f"{folder / name} is no picture ({error!s:.100}); take it away")
         image = frame_usps(image[None], size)[0] if usps and image.shape == (16, 16) else image

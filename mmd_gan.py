@@ -195,6 +195,8 @@ class Args:
             raise ValueError("--batch-size must be at least 2, not 1, or take --no-unbiased")
         if 0 < self.num_eval_samples < 10:
             raise ValueError(f"--num-eval-samples must be 0 or at least 10, not {self.num_eval_samples}")
+        if not self.generate and (self.checkpoint, self.out) != (None, None):
+            raise ValueError("--checkpoint and --out are for samples: give --generate as well")
         if self.encoder == "none" and (self.gradient_penalty or self.bandwidth_mode == "learned"):
             raise ValueError("--encoder none has no critic to penalise, and none to learn bandwidths with")
         if self.kernel == "linear" and (self.bandwidth_mode != "fixed" or self.bounded_kernel):

@@ -174,6 +174,8 @@ class Args:
                 raise ValueError(f"{option} must be {wanted}, not {value}")
         if 0 < self.num_eval_samples < 10:
             raise ValueError(f"--num-eval-samples must be 0 or at least 10, not {self.num_eval_samples}")
+        if not self.generate and (self.checkpoint, self.out) != (None, None):
+            raise ValueError("--checkpoint and --out are for samples: give --generate as well")
         if self.batch_size < 2:
             raise ValueError(f"--batch-size must be at least 2, not {self.batch_size}")
 
@@ -541,20 +543,20 @@ class ImageEvaluation:
     def __init__(self, args, data: Tensor, held: list[Tensor]):
         self.count, self.split = min(args.num_eval_samples, len(held[1])), args.eval_split
         if self.count:
-            labels, self.held, self.labels = held
+            labels, x, self.labels = held
             self.judge, self.judge_hash = load_judge(args, data, labels)
-            self.images, self.known = self.held[: self.count], data[: self.count]
+            self.images, self.known = x[: self.count], data[: self.count]
 
     @cached_property
     def facts(self) -> dict:
         """What results.json says of the judge, with its metrics for training images: the floor."""
         if not self.count:
             return {}
-        accuracy = classify(self.judge, self.held, self.labels)[0]["accuracy"]
-        facts = {"judge": self.judge_hash, "judge_accuracy": accuracy, "num_eval": self.count}
+        hits = judge_images(self.judge, self.images)[1].argmax(1) == self.labels[: self.count]
+        facts = {"judge": self.judge_hash, "judge_accuracy": hits.float().mean().item()}
         floor = image_metrics(self.judge, self.known, self.images, self.labels)
         print(f"floor of fid, training against {self.split} images: {floor['fid']:.3f}", flush=True)
-        return facts | {f"floor_{name}": v for name, v in floor.items()}
+        return facts | {"num_eval": self.count} | {f"floor_{name}": v for name, v in floor.items()}
 
     def __call__(self, samples: Tensor) -> dict:
         """Metrics of images (n, ...), of which the first num_eval_samples count."""

@@ -195,6 +195,8 @@ class Args:
             raise ValueError("--unroll: in --loss minibatch-energy no gradient flows through the plan")
         if 0 < self.num_eval_samples < 10:
             raise ValueError(f"--num-eval-samples must be 0 or at least 10, not {self.num_eval_samples}")
+        if not self.generate and (self.checkpoint, self.out) != (None, None):
+            raise ValueError("--checkpoint and --out are for samples: give --generate as well")
 
 
 def fail(message: str) -> NoReturn:

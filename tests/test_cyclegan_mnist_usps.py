@@ -418,7 +418,9 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
 def test_every_option(options, tiny, light, monkeypatch):
     """A run ends, its losses are finite, what was asked for was used, and all weights have moved."""
-    calls = []
+    calls, halves = [], []
+    spied = lambda *a, **k: halves.append(least_squares_loss(*a, **k)) or halves[-1]  # noqa: E731
+    monkeypatch.setattr(script, "least_squares_loss", spied)
     for name in ("augment", "semantic_loss", "train_classifier"):
         function = getattr(script, name)
         called = lambda *a, name=name, function=function, **k: calls.append(name) or function(*a, **k)  # noqa: E731
@@ -436,6 +438,11 @@ def test_every_option(options, tiny, light, monkeypatch):
     for line in lines:
         parts = (line.get(name, 0) for name in ("adversarial", "cycle", "identity", "semantic"))
         assert line["loss_generator"] == pytest.approx(sum(w * v for w, v in zip(weights, parts)), rel=1e-4)
+    for i, line in enumerate(
+        lines
+    ):  # after the generators' two verdicts of a step, real and fake of both domains
+        halved = sum(loss.item() for loss in halves[6 * i + 2 : 6 * i + 6]) / 2
+        assert line["loss_discriminator"] == pytest.approx(halved, rel=1e-5)
     torch.manual_seed(args.seed)
     generators = make_generators(args)
     discriminators = {
@@ -572,7 +579,7 @@ def finished(runs, tiny_mnist) -> Path:
 
 def pixels(folder: Path) -> np.ndarray:
     """The written images (n, 28, 28) in the order of their names."""
-    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
 
 
 def translations(folder: Path, direction: str, images: torch.Tensor) -> np.ndarray:
@@ -607,12 +614,13 @@ def write_pngs(folder: Path, images: torch.Tensor, **options) -> None:
     "direction, side, mode", [("mnist2usps", 28, "RGB"), ("usps2mnist", 28, "L"), ("usps2mnist", 16, "L")]
 )
 def test_generate_from_a_folder(direction, side, mode, finished, tmp_path):
-    """Names stay; of USPS the 16 x 16 pixels of its files are taken as well, and framed as in the run."""
+    """Names stay, A0.PNG too; of USPS 16 x 16 pixels are taken as well, and framed as in the run."""
     images = torch.randint(0, 256, (5, side, side)).to(torch.uint8)
     write_pngs(tmp_path / "in", images, mode=mode)
+    (tmp_path / "in" / "a0.png").rename(tmp_path / "in" / "A0.PNG")
     options = {"input": str(tmp_path / "in"), "direction": direction, "out": str(tmp_path / "out")}
     out = main(Args(**options, checkpoint=str(finished / "checkpoint.pt"), device="cpu"))
-    assert sorted(p.name for p in out.iterdir()) == [f"a{i}.png" for i in range(5)]
+    assert sorted(p.name for p in out.iterdir()) == ["A0.PNG", *(f"a{i}.png" for i in range(1, 5))]
     framed = frame_usps(images, load(finished)["args"]["usps_size"]) if side == 16 else images
     assert np.array_equal(pixels(out), translations(finished, direction, framed))
 
@@ -632,6 +640,8 @@ def test_generate_what_cannot_be(finished, tmp_path, capsys):
     write_pngs(tmp_path / "wide", torch.zeros(1, 28, 30))
     said = refused(capsys, Args(input=str(tmp_path / "wide"), direction="usps2mnist", **fixed))
     assert "a0.png has 30 x 28 pixels, not 16 x 16 or 28 x 28" in said
+    Image.fromarray(np.full((28, 28), 300, np.uint16)).save(tmp_path / "wide" / "a0.png")
+    assert "a0.png has more than 8 bits" in refused(capsys, Args(input=str(tmp_path / "wide"), **fixed))
     (tmp_path / "wide" / "a0.png").write_bytes(b"no picture")
     assert "a0.png is no picture" in refused(capsys, Args(input=str(tmp_path / "wide"), **fixed))
     assert not (tmp_path / "out").exists()
@@ -653,6 +663,9 @@ def test_generate_what_cannot_be(finished, tmp_path, capsys):
         ({"lr_generator": 0.0}, "--lr-generator must be positive, not 0.0"),
         ({"beta1": 1.0}, "--beta1 must be in"),
         ({"num_eval_samples": 5}, "--num-eval-samples must be 0 or at least 10, not 5"),
+        ({"semantic_weight": 2.0}, "--semantic-weight is for --semantic-consistency"),
+        ({"direction": "usps2mnist"}, "--direction need --generate or --input as well"),
+        ({"checkpoint": "x"}, "--direction need --generate or --input as well"),
         ({"generate": -1}, "--generate must be finite and at least 0, not -1"),
     ],
 )

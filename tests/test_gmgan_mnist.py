@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,8 @@ def tiny(runs, tiny_mnist, run_name, monkeypatch):
 
     def make(**options):
         fixed = {"run_dir": str(runs), "data_dir": str(tiny_mnist), "exp_name": run_name()}
-        return Args(**(TINY | fixed | options))
+        small = {k: v for k, v in TINY.items() if k != "num_components" or options.get("latent") != "normal"}
+        return Args(**(small | fixed | options))
 
     return make
 
@@ -133,15 +135,20 @@ def test_mixture_moments(covariance):
     torch.testing.assert_close(z.T.cov(), whole, atol=0.06, rtol=0.04)
 
 
-@COVARIANCES
-def test_static_mixture(covariance):
+def test_static_mixture():
     """Means uniform in [-c, c]^d, covariances sigma^2 I, nothing to train."""
     torch.manual_seed(0)
-    args = Args(latent="static", latent_range=2.0, sigma=0.5, covariance=covariance, num_components=400)
+    args = Args(latent="static", latent_range=2.0, sigma=0.5, num_components=400)
     mixture = make_mixture(args)
     assert not list(mixture.parameters()) and mixture.means.shape == (400, 32)
     assert 1.99 < mixture.means.abs().max() <= 2 and abs(mixture.means.mean()) < 0.05
     assert mixture.means.var() == pytest.approx(4 / 3, rel=0.03)  # (2c)^2 / 12
+    torch.testing.assert_close(covariances(mixture), 0.25 * torch.eye(32).expand(3, 32, 32))
+
+
+@COVARIANCES
+def test_first_covariances_of_a_trained_mixture(covariance):
+    mixture = make_mixture(Args(sigma=0.5, covariance=covariance))
     torch.testing.assert_close(covariances(mixture), 0.25 * torch.eye(32).expand(3, 32, 32))
 
 
@@ -488,6 +495,17 @@ def test_learning_rates_of_the_groups(tiny, light):
     assert [g["lr"] for g in state["opt_discriminator"]["param_groups"]] == pytest.approx([1e-3])
 
 
+def test_half_of_gamma_weighs_each_penalty(tiny, light, monkeypatch):
+    """What the discriminator minimises, from the scalars that are logged."""
+    totals, backward = [], torch.Tensor.backward
+    spied = lambda loss, **options: totals.append(loss.item()) or backward(loss, **options)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "backward", spied)
+    lines = rows(main(tiny(num_eval_samples=0, gamma=2000.0, num_steps=2)))
+    for line, total in zip(lines, totals[::2], strict=True):  # the generator's come between
+        assert total == pytest.approx(line["loss_discriminator"] + 1000 * (line["r1"] + line["r2"]), rel=1e-5)
+        assert 1000 * abs(line["r1"] - line["r2"]) > 1e-3 * total  # so that neither stands for the other
+
+
 def test_same_seed_same_run(tiny, light):
     first, second, third = (main(tiny(num_eval_samples=0, seed=seed)) for seed in (1, 1, 2))
     assert rows(first) == rows(second) != rows(third)
@@ -510,7 +528,15 @@ def test_training_learns(tiny, light):
     assert distances[1] < 0.3 * distances[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"latent": "normal", "arch": "mlp", "gamma": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"latent": "normal", "arch": "mlp", "gamma": 0.0},
+        {"num_eval_samples": 20, "eval_every": 2},
+    ],
+    ids=str,
+)
 def test_resume_is_bit_for_bit(options, tiny, light, monkeypatch):
     """A run stopped after 4 of 6 steps and resumed has the losses and weights of one that was not stopped."""
     options = {"num_steps": 6, "num_eval_samples": 0, **options}
@@ -587,10 +613,9 @@ def pixels(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"truncation": 0.5}, {"component": 2}, {"drs": True, "component": 1}], ids=str
-)
-def test_generate(options, mixture_run, tmp_path, capsys):
+@pytest.mark.parametrize("options", [{}, {"truncation": 0.5}, {"component": 2}, {"drs": True}], ids=str)
+def test_generate(options, mixture_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gmgan_mnist, "calibrate", partial(calibrate, steps=300))
     fixed = {"generate": 12, "checkpoint": str(mixture_run / "checkpoint.pt"), "device": "cpu"}
     out = main(Args(**fixed, **options, measure=True, out=str(tmp_path / "out")))
     names = sorted(p.name for p in out.iterdir())
@@ -614,6 +639,17 @@ def test_generate(options, mixture_run, tmp_path, capsys):
     again = gmgan_mnist.image_metrics(judge, torch.from_numpy(images), x_eval[:12], y_eval)
     assert metrics["fid"] == pytest.approx(again["fid"], rel=1e-4)
     assert "exists; name a new folder" in refused(capsys, Args(**fixed, out=str(out)))
+
+
+def test_where_the_judge_of_a_measurement_is_kept(mixture_run, tmp_path, capsys, monkeypatch):
+    """In --run-dir if that is given; where nothing can be written, one line says so, before any drawing."""
+    monkeypatch.setattr(gmgan_mnist, "train_judge", lambda images, labels: gmgan_mnist.Judge().eval())
+    fixed = {"generate": 12, "checkpoint": str(mixture_run / "checkpoint.pt"), "measure": True}
+    (tmp_path / "file").touch()
+    said = refused(capsys, Args(**fixed, run_dir=str(tmp_path / "file"), out=str(tmp_path / "out")))
+    assert f"cannot keep the judge in {tmp_path / 'file'}" in said and "--run-dir" in said
+    main(Args(**fixed, run_dir=str(tmp_path / "judges"), out=str(tmp_path / "out")))
+    assert [p.name.split("__")[0] for p in (tmp_path / "judges").iterdir()] == ["judge"]
 
 
 def test_generate_what_does_not_exist(mixture_run, tiny, light, tmp_path, capsys):
@@ -644,7 +680,15 @@ def test_generate_what_does_not_exist(mixture_run, tiny, light, tmp_path, capsys
         ({"lr_mixture": 0.0}, "--lr-mixture must be positive, not 0.0"),
         ({"batch_size": 1}, "--batch-size must be at least 2, not 1"),
         ({"num_eval_samples": 5}, "--num-eval-samples must be 0 or at least 10, not 5"),
-        ({"drs": True}, "--drs and --measure are for samples: give --generate as well"),
+        ({"drs": True}, "--drs is for --generate: give that as well"),
+        ({"component": 99}, "--component is for --generate"),
+        ({"truncation": 0.5}, "--truncation is for --generate"),
+        ({"out": "x"}, "--out is for --generate"),
+        ({"generate": 3, "drs_percentile": 80.0}, "--drs-percentile is for --drs"),
+        ({"generate": 3, "drs": True, "component": 1}, "--drs is calibrated on samples of all components"),
+        ({"latent": "normal", "sigma": 1.0}, "--sigma is for --latent static or dynamic"),
+        ({"latent": "static", "lr_mixture": 1e-3}, "--lr-mixture is for --latent dynamic"),
+        ({"init_from": ""}, "--init-from must name a run folder"),
         ({"measure": True, "generate": 5}, "--measure needs at least 10 samples, not --generate 5"),
     ],
 )

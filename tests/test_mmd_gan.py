@@ -652,6 +652,7 @@ def test_bad_options_of_the_command(options, texts, run_cli, tmp_path):
         ({"gradient_penalty": -1.0}, "--gradient-penalty must be finite and at least 0, not -1.0"),
         ({"num_eval_samples": 5}, "--num-eval-samples must be 0 or at least 10, not 5"),
         ({"beta1": 1.0}, "--beta1 must be in"),
+        ({"out": "x"}, "--checkpoint and --out are for samples: give --generate as well"),
         ({"generate": -1}, "--generate must be finite and at least 0, not -1"),
         ({"encoder": "none", "gradient_penalty": 1.0}, "--encoder none has no critic"),
         ({"encoder": "none", "bandwidth_mode": "learned"}, "--encoder none has no critic"),

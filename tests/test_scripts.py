@@ -84,6 +84,22 @@ def test_an_interrupt_is_one_line(name, monkeypatch, capsys):
     assert stop.value.code == 130 and "interrupted" in line and "--resume" in line
 
 
+TRACKED = {
+    "wgan_gp.py": "--dataset ring --num-eval-samples 50",
+    "gmgan_mnist.py": "--channels 4 --batch-size 8 --num-eval-samples 0",
+    "cyclegan_mnist_usps.py": "--channels 2 --batch-size 4 --num-eval-samples 0",
+}
+
+
+@pytest.mark.parametrize("name", TRACKED)
+def test_track_offline(name, run_cli, tmp_path, tiny_mnist):
+    options = [*TRACKED[name].split(), "--num-steps", 3, "--device", "cpu", "--data-dir", tiny_mnist]
+    env = {"WANDB_MODE": "offline", "WANDB_API_KEY": None, "WANDB_SILENT": "true", "HOME": str(tmp_path)}
+    result = run_cli("--track", *options, env=env, script=name)
+    assert result.returncode == 0, result.stderr
+    assert len(list(tmp_path.glob("runs/wandb/offline-run-*/*.wandb"))) == 1
+
+
 def metadata(name: str) -> str:
     """A script's PEP 723 block, as TOML."""
     (block,) = re.findall(

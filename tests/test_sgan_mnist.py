@@ -602,6 +602,7 @@ def test_sgan_without_enough_unlabelled_images(options, texts, tiny, tmp_path, c
         (sgan_mnist, {"eval_views": -1}, "--eval-views must be finite and at least 0, not -1"),
         (sgan_mnist, {"batch_size": 1}, "--batch-size must be at least 2, not 1"),
         (sgan_mnist, {"beta1": 1.0}, "--beta1 must be in"),
+        (sgan_mnist, {"out": "x"}, "--checkpoint and --out are for samples"),
         (baseline_cnn, {"num_labels": -10}, "--num-labels must be positive, not -10"),
         (baseline_cnn, {"batch_size": 1}, "--batch-size must be at least 2, not 1"),
         (baseline_cnn, {"num_steps": 0}, "--num-steps must be positive, not 0"),

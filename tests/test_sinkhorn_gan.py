@@ -326,6 +326,7 @@ def test_track_offline(run_cli, tmp_path):
         ({"feature_dim": 0}, "--feature-dim must be positive, not 0"),
         ({"lr_critic": math.inf}, "--lr-critic must be positive, not inf"),
         ({"num_eval_samples": 5}, "--num-eval-samples must be 0 or at least 10, not 5"),
+        ({"out": "x"}, "--checkpoint and --out are for samples"),
         ({"batch_size": 7}, "--batch-size must be even .*halves, not 7"),
         ({"batch_size": 7, "loss": "minibatch-energy", "critic": "fixed"}, "--batch-size must be even"),
         ({"unroll": True, "loss": "minibatch-energy"}, "--unroll: in --loss minibatch-energy"),
