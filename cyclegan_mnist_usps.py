@@ -109,8 +109,7 @@ class Args:
     num_blocks: int = 2
     """residual blocks of a generator"""
     identity_start: bool = True
-    """let the generators add to their input, and begin with adding nothing; else, as in the paper, they make
-    all of their output"""
+    """let the generators add to their input, and begin with nothing; else they make all of their output"""
     cycle_weight: float = 10.0
     """factor lambda of the cycle loss"""
     identity_weight: float = 5.0
