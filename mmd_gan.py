@@ -594,8 +594,8 @@ def dense_gradients(x: Tensor, y: Tensor, ctx, *g_means: Tensor) -> tuple:
     means = zip(dense_means(x, y, *ctx.options), g_means)
     means, g_means = zip(*((mean, g) for mean, g in means if mean.requires_grad))
     grads = torch.autograd.grad(means, inputs, g_means, create_graph=True)
-    grads = (grads[i] if needed else None for i, needed in zip((0, -1), ctx.needs_input_grad))
-    return *grads, None, None, None, None, None
+    both = (grads[i] if needed else None for i, needed in zip((0, -1), ctx.needs_input_grad))
+    return *both, None, None, None, None, None
 
 
 def chain_unit(mix: list, kernel: str) -> float | None:
