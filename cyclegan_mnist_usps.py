@@ -356,17 +356,48 @@ class Generator(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
         self.net = nn.Sequential(
-            *(nn.Conv2d(1, c, 7, padding=3, padding_mode="reflect"), nn.InstanceNorm2d(c), nn.ReLU()),
-            *(nn.Conv2d(c, 2 * c, 3, 2, 1), nn.InstanceNorm2d(2 * c), nn.ReLU()),  # (b, 2 c, 14, 14)
+            *(nn.Conv2d(1, c, 7, padding=3, padding_mode="reflect"), InstanceNorm(), nn.ReLU()),
+            *(nn.Conv2d(c, 2 * c, 3, 2, 1), InstanceNorm(), nn.ReLU()),  # (b, 2 c, 14, 14)
             *(ResidualBlock(2 * c) for _ in range(num_blocks)),
-            *(nn.ConvTranspose2d(2 * c, c, 4, 2, 1), nn.InstanceNorm2d(c), nn.ReLU()),
+            *(nn.ConvTranspose2d(2 * c, c, 4, 2, 1), InstanceNorm(), nn.ReLU()),
             last,
-        )
+        ).to(memory_format=torch.channels_last)  # three quarters of the time of a step on a CPU
 
     def forward(self, images: Tensor) -> Tensor:
         """Translations (b, 1, 28, 28) in [-1, 1] of images (b, 1, 28, 28)."""
         added = self.net(images)
         return torch.tanh(torch.atanh(0.97 * images) + added if self.identity_start else added)
+
+
+class InstanceNorm(nn.Module):
+    """Features (b, c, h, w) with mean 0 and variance 1 in every channel of every image, in channels_last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = Standardize.apply(x.permute(0, 2, 3, 1).flatten(1, 2))
+        return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+class Standardize(torch.autograd.Function):
+    """x (b, n, c) with mean 0 and variance 1 over n, as (x - mean) / sqrt(var + 1e-5).
+
+    Ulyanov et al. 2016, eq. 4. torch's own goes over to another memory format and back; here the sums over n
+    are products with a row of ones. No second derivatives: autograd refuses them.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ones = x.new_full((1, 1, x.shape[1]), 1 / x.shape[1]).expand(len(x), -1, -1)
+        y = x - ones @ x
+        scale = (ones @ y.square()).add_(1e-5).rsqrt_()
+        y *= scale
+        ctx.save_for_backward(y, scale, ones)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        y, scale, ones = ctx.saved_tensors
+        return (grad - ones @ grad).addcmul_(y, ones @ (grad * y), value=-1).mul_(scale)
 
 
 class ResidualBlock(nn.Module):
@@ -375,8 +406,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         conv = partial(nn.Conv2d, channels, channels, 3, padding=1, padding_mode="reflect")
-        norm = partial(nn.InstanceNorm2d, channels)
-        self.body = nn.Sequential(conv(), norm(), nn.ReLU(), conv(), norm())
+        self.body = nn.Sequential(conv(), InstanceNorm(), nn.ReLU(), conv(), InstanceNorm())
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
@@ -388,10 +418,10 @@ def make_discriminator(channels: int, spectral_norm: bool) -> nn.Sequential:
     c, act = 2 * channels, nn.LeakyReLU(0.2)
     return nn.Sequential(
         *(sn(nn.Conv2d(1, c, 4, 2, 1)), act),
-        *(sn(nn.Conv2d(c, 2 * c, 4, 2, 1)), nn.InstanceNorm2d(2 * c), act),
-        *(sn(nn.Conv2d(2 * c, 2 * c, 3, 1, 1)), nn.InstanceNorm2d(2 * c), act),
+        *(sn(nn.Conv2d(c, 2 * c, 4, 2, 1)), InstanceNorm(), act),
+        *(sn(nn.Conv2d(2 * c, 2 * c, 3, 1, 1)), InstanceNorm(), act),
         sn(nn.Conv2d(2 * c, 1, 2, 1)),
-    )
+    ).to(memory_format=torch.channels_last)
 
 
 def make_generators(args: Args) -> nn.ModuleDict:

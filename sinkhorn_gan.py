@@ -509,13 +509,15 @@ def sinkhorn_divergence(
         return xy - (xx + yy) / 2
     # OT(x, x) / 2 has the gradient of OT(x, .) in its first argument, or its second. With the one in which x
     # stands in OT(x, y), and that started from OT(y, y)'s more exact potential, all cancels where x equals y.
+    # In this order, and in place, there are never more than three gradients.
     need_x, need_y = asked(x, y)
-    xx = transport(x, x, eps, a, a, tol / 10, max_iterations, road, None, (need_x, False))
     yy = transport(y, y, eps, b, b, tol / 10, max_iterations, road, None, (False, need_y))
     xy = transport(x, y, eps, a, b, tol, max_iterations, road, yy.g, (need_x, need_y))
-    grad_x = xy.grad_x - xx.grad_x if need_x else None
-    grad_y = xy.grad_y - yy.grad_y if need_y else None
-    return GivenGradients.apply(xy.cost - (xx.cost + yy.cost) / 2, grad_x, grad_y, x, y)
+    grad_y = xy.grad_y.sub_(yy.grad_y) if need_y else None
+    yy = yy.cost
+    xx = transport(x, x, eps, a, a, tol / 10, max_iterations, road, None, (need_x, False))
+    grad_x = xy.grad_x.sub_(xx.grad_x) if need_x else None
+    return GivenGradients.apply(xy.cost - (xx.cost + yy) / 2, grad_x, grad_y, x, y)
 
 
 def minibatch_energy_distance(
@@ -1040,9 +1042,11 @@ def triton_transport(x, y, eps, a, b, tol, max_iterations, start, need, same) ->
     again, p_x = loop.finish(y, x, loop.log_w[:n], u, need[1])
     f, g, error = eps * math.log(2) * u + x2, eps * math.log(2) * v + y2, b @ ((v - again).exp2() - 1).abs()
     value = a @ f + b @ g + (a @ x - b @ y) @ t + t @ t / 2
-    grad_x = p_y.neg_().add_(x + t).mul_(a[:, None]) if need[0] else None
-    grad_y = p_x.neg_().add_(y - t).mul_(b[:, None]) if need[1] else None
-    moved = ((grad_x * x).sum() + (grad_y * y).sum() + t @ t) / 2 if all(need) else None
+    grad_x = p_y.neg_().add_(x).add_(t).mul_(a[:, None]) if need[0] else None
+    grad_y = p_x.neg_().add_(y).sub_(t).mul_(b[:, None]) if need[1] else None
+    moved = (
+        (grad_x.flatten() @ x.flatten() + grad_y.flatten() @ y.flatten() + t @ t) / 2 if all(need) else None
+    )
     f, g = f + x @ t + t @ t / 2, g - y @ t
     shift, count = (b @ g - a @ f) / 2, loop.counts[1] if same else (loop.counts[1] + 1) // 2
     return Plan(f + shift, g - shift, value, moved, grad_x, grad_y, error, count.clone())

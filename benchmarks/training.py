@@ -343,12 +343,27 @@ class Replay:
         return torch.cat(out)
 
 
+class CopiedNorm(nn.Module):
+    """torch's instance normalisation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.instance_norm(x)
+
+
+def copied_norm(script: ModuleType, network: nn.Module) -> nn.Module:
+    """The network with torch's instance normalisation in place of the script's."""
+    for module in [*network.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, script.InstanceNorm):
+                setattr(module, name, CopiedNorm())
+    return network
+
+
 def copied_cyclegan_mnist_usps(script: ModuleType, args, device: str) -> Iterator[dict[str, float]]:
     """Least squares, cycles and identity, each pass by itself, with an optimizer for each discriminator."""
-    g, f = (contiguous(network, device) for network in script.make_generators(args).values())
-    d_x, d_y = (
-        contiguous(script.make_discriminator(args.channels, args.spectral_norm), device) for _ in range(2)
-    )
+    g, f = script.make_generators(args).values()
+    d_x, d_y = (script.make_discriminator(args.channels, args.spectral_norm) for _ in range(2))
+    g, f, d_x, d_y = (contiguous(copied_norm(script, network), device) for network in (g, f, d_x, d_y))
     adam = functools.partial(torch.optim.Adam, betas=(args.beta1, 0.999))
     opt_g = adam([*g.parameters(), *f.parameters()], lr=args.lr_generator)
     opt_x, opt_y = (adam(d.parameters(), lr=args.lr_discriminator) for d in (d_x, d_y))

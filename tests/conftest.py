@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 # Tests run in two processes (see pyproject.toml), one thread each; `-n 0` gives one process two threads.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # of the processes that tests start
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -77,15 +79,8 @@ def run_cli(tmp_path):
     """run_cli(*args, env=None, timeout=300): a script as a command, in a folder of its own."""
 
     def run(*args, env=None, timeout=300, script="mmd_gan.py"):
-        command = [sys.executable, str(ROOT / script), *map(str, args)]
-        return subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=environment(env),
-            timeout=timeout,
-            capture_output=True,
-            encoding="utf-8",
-        )
+        command = [str(ROOT / script), *map(str, args)]
+        return forked.start(forked.run_script, *command, folder=tmp_path, env=environment(env))(timeout)
 
     return run
 

@@ -235,10 +235,24 @@ def test_discriminators_see_patches():
         discriminator = make_discriminator(3, spectral_norm)
         images = torch.randn(2, 1, 28, 28, requires_grad=True)
         assert discriminator(images).shape == (2, 1, 6, 6)
-        local = nn.Sequential(*(m for m in discriminator if not isinstance(m, nn.InstanceNorm2d)))
+        local = nn.Sequential(*(m for m in discriminator if not isinstance(m, script.InstanceNorm)))
         (grad,) = torch.autograd.grad(local(images)[0, 0, 2, 2], images)
         seen = grad[0, 0].nonzero()
         assert (seen.max(0).values - seen.min(0).values + 1).tolist() == [22, 22] and (grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_instance_normalisation_is_torchs(memory_format):
+    x = (3 * torch.randn(2, 3, 4, 5, dtype=torch.float64) + 7).to(memory_format=memory_format)
+    x.requires_grad_()
+    ours, theirs = script.InstanceNorm()(x), torch.nn.functional.instance_norm(x)
+    torch.testing.assert_close(ours, theirs)
+    grads = [torch.autograd.grad((y**3).sum(), x)[0] for y in (ours, theirs)]
+    torch.testing.assert_close(*grads)
+    assert torch.autograd.gradcheck(script.InstanceNorm(), x)
+    with pytest.raises(RuntimeError):
+        (grad,) = torch.autograd.grad((script.InstanceNorm()(x) ** 3).sum(), x, create_graph=True)
+        grad.sum().backward()
 
 
 def test_spectral_norm_bounds_the_weights():

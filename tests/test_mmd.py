@@ -432,32 +432,29 @@ def test_property_translation_of_both(case, shift, unbiased):
 # Memory
 
 
-@pytest.mark.parametrize("n, limit_mb, matrix_mb", [(4096, 130, 67), (16_384, 600, 1074)])
-def test_memory_grows_linearly(n, limit_mb, matrix_mb):
-    """Value and both gradients of n x n points need less than two (16,384: than one) matrices of pairs."""
+def test_memory_grows_linearly():
+    """Value and both gradients of 3,000 x 3,000 points need less than the matrix of their pairs, 36 MB."""
     if "VmHWM" not in (Path("/proc/self/status").read_text() if sys.platform == "linux" else ""):
         pytest.skip("no peak of the resident memory here")  # ru_maxrss starts at the peak of pytest itself
-    code = f"""
+    code = """
         import torch
         from mmd_gan import mmd2
+        torch.set_num_threads(1)
         def peak():
             (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
             return int(line.split()[1]) * 1024 / 1e6
         def run(n, road):
             x, y = (torch.randn(n, 64, requires_grad=True) for _ in range(2))
-            mmd2(x, y, (4.0, 8.0, 16.0), road=road).backward()
+            mmd2(x, y, (4.0, 8.0), road=road).backward()
             assert x.grad.isfinite().all() and y.grad.abs().max() > 0
         run(600, "tiled")
         before = peak()
-        run({n}, "tiled")
-        print(peak() - before)
-        if {n} <= 4096:  # the other road takes matrices: were it not measured, neither was this one
-            run({n}, "dense")
+        for road in ("tiled", "dense"):  # were dense not seen to take matrices, tiled were not measured
+            run(3000, road)
             print(peak() - before)
     """
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    tiled, *dense = map(float, result.stdout.split())
-    assert tiled < limit_mb
-    assert all(d > 3 * matrix_mb for d in dense)
+    tiled, dense = map(float, result.stdout.split())
+    assert tiled < 36 and dense > 3 * 36

@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import ROOT, environment
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
-HARD = "torch, torchvision, tyro, numpy, tqdm"  # what a script may import at its top; torch may import triton
 OWN = {"Args", "main", "train", "generate"}  # definitions that differ from script to script
 
 
@@ -120,17 +120,18 @@ def test_pep_723_block_agrees_with_the_project(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_importing_a_script_only_defines(name):
-    """No output, no file, and none of the modules that only some runs need."""
+    """No output, no file, and none of the modules that only some runs need; torch may import triton."""
     before = sorted(ROOT.iterdir())
     code = f"""
 import sys
-import {HARD}
+import {", ".join(forked.HARD)}
+sys.dont_write_bytecode = True
 before = set(sys.modules)
 import {name[:-3]}
 roots = {{module.split(".")[0] for module in set(sys.modules) - before}}
 sys.exit(" ".join(roots & {{"wandb", "matplotlib", "sklearn", "triton", "scipy"}}) or 0)
 """
-    result = python("-B", "-c", code)
+    result = forked.start(forked.run_code, code, folder=ROOT, env=environment(None))()
     assert (result.returncode, result.stdout, result.stderr.strip()) == (0, "", "")
     assert [path for path in sorted(ROOT.iterdir()) if path not in before] == []
 
@@ -231,7 +232,8 @@ def loose_options(text: str) -> set[str]:
 @functools.cache
 def help_options(script: str) -> frozenset[str]:
     """The options in a script's --help."""
-    result = python(script, "--help", timeout=300)
+    command = [str(ROOT / script), "--help"]
+    result = forked.start(forked.run_script, *command, folder=ROOT, env=environment(None))()
     assert result.returncode == 0, result.stderr
     return frozenset(re.findall(r"--[a-z][\w-]*", result.stdout))
 

@@ -5,36 +5,57 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 import torch
+from conftest import environment
 from torch import nn
 
 import mmd_gan
 import sinkhorn_gan
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+QUIET = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 SMALL = ["--device", "cpu", "--num-eval-samples", "0", "--log-every", "1", "--eval-every", "1000"]
 
 
-def start(script: str, folder: Path, options: list[str], processes: int = 1) -> subprocess.Popen:
-    """The script as a command, run by torchrun where there are several processes."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
-    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *SMALL, *options]
+def command(script: str, options: list[str]) -> list[str]:
+    """A script and its options."""
+    return [str(ROOT / script), *SMALL, *options]
+
+
+def torchrun(script: str, folder: Path, options: list[str]) -> subprocess.Popen:
+    """The script in two processes, as a user starts them."""
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, **pipes)
+    line = [sys.executable, *launch, *command(script, options)]
+    return subprocess.Popen(line, cwd=folder, env=environment(QUIET), **pipes)
 
 
-def finished(process: subprocess.Popen, folder: Path) -> tuple[list[dict], dict]:
+def processes(script: str, folder: Path, options: list[str], count: int) -> list[Callable]:
+    """The script in so many processes, with what torchrun tells them, sooner."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        env = QUIET | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    env |= {"WORLD_SIZE": str(count)}
+    ranks = [env | {"RANK": str(n), "LOCAL_RANK": str(n)} if count > 1 else QUIET for n in range(count)]
+    script, *options = command(script, options)
+    places = {"folder": folder}
+    return [
+        forked.start(forked.run_script, script, *options, env=environment(rank), **places) for rank in ranks
+    ]
+
+
+def outcome(folder: Path) -> tuple[list[dict], dict]:
     """Lines of metrics.jsonl and checkpoint of a run that ended well, the only one in its folder."""
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
     (run,) = (p for p in (folder / "runs").iterdir() if p.is_dir())
     assert (run / "results.json").is_file()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -63,8 +84,10 @@ def test_two_processes_are_one(name, tmp_path, tiny_mnist):
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
-    processes = [start(script, folder, options, n) for n, folder in enumerate(folders, 1)]
-    (lines, one), (lines_two, two) = map(finished, processes, folders)
+    waiting = [wait for n, folder in enumerate(folders, 1) for wait in processes(script, folder, options, n)]
+    for result in (wait() for wait in waiting):
+        assert result.returncode == 0, result.stdout + result.stderr
+    (lines, one), (lines_two, two) = map(outcome, folders)
     assert len(lines) == len(lines_two) == 3
     for line, line_two in zip(lines, lines_two):
         assert line.keys() == line_two.keys()
@@ -82,7 +105,7 @@ def test_two_processes_are_one(name, tmp_path, tiny_mnist):
 
 
 def test_a_batch_that_cannot_be_divided(tmp_path):
-    process = start("mmd_gan.py", tmp_path, ["--dataset", "ring", "--batch-size", "15"], 2)
+    process = torchrun("mmd_gan.py", tmp_path, ["--dataset", "ring", "--batch-size", "15"])
     out, _ = process.communicate(timeout=300)
     assert process.returncode and "--batch-size 15 cannot be divided among 2 processes" in out
     assert not (tmp_path / "runs").exists()
@@ -91,7 +114,7 @@ def test_a_batch_that_cannot_be_divided(tmp_path):
 def test_ctrl_c_stops_all_after_the_same_step(tmp_path):
     """The signal reaches the other process alone: both stop, the first one saves, and the run resumes."""
     options = ["--dataset", "ring", "--batch-size", "16", "--num-steps", "1000000", "--eval-every", "1000000"]
-    process = start("sinkhorn_gan.py", tmp_path, options, 2)
+    process = torchrun("sinkhorn_gan.py", tmp_path, options)
     end = time.monotonic() + 240
     while not any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.jsonl")):
         assert process.poll() is None and time.monotonic() < end
@@ -108,8 +131,10 @@ def test_ctrl_c_stops_all_after_the_same_step(tmp_path):
     (folder,) = (p for p in (tmp_path / "runs").iterdir() if p.is_dir())
     step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
     assert step and f"stopped after step {step}" in out
-    resumed = start("sinkhorn_gan.py", tmp_path, ["--resume", str(folder), "--num-steps", str(step + 2)])
-    lines, _ = finished(resumed, tmp_path)
+    options = ["--resume", str(folder), "--num-steps", str(step + 2)]
+    (wait,) = processes("sinkhorn_gan.py", tmp_path, options, 1)
+    assert wait().returncode == 0
+    lines, _ = outcome(tmp_path)
     assert lines[-1]["step"] == step + 2
 
 

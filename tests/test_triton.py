@@ -34,9 +34,9 @@ SINKHORN = {
     "one point": (1, 1, 1, {}),
     "odd sizes": (5, 9, 3, {}),
     "weights": (20, 13, 17, {"weighted": True}),
-    "many programs": (150, 40, 2, {}),
+    "many programs": (150, 40, 2, {"eps": 2.0}),
     "cosine": (6, 7, 17, {"cost": "cosine"}),
-    "images": (3, 2, 784, {}),
+    "images": (3, 2, 784, {"eps": 2.0}),
 }
 
 
