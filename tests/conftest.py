@@ -5,7 +5,6 @@ import itertools
 import os
 import signal
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -80,7 +79,9 @@ def run_cli(tmp_path):
 
     def run(*args, env=None, timeout=300, script="mmd_gan.py"):
         command = [str(ROOT / script), *map(str, args)]
-        return forked.start(forked.run_script, *command, folder=tmp_path, env=environment(env))(timeout)
+        return forked.Command(forked.run_script, *command, folder=tmp_path, env=environment(env)).finish(
+            timeout
+        )
 
     return run
 
@@ -91,22 +92,13 @@ def start_cli(tmp_path):
     started = []
 
     def start(*args, script="mmd_gan.py"):
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / script), *map(str, args)],
-            cwd=tmp_path,
-            env=environment(None),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-        )
-        started.append(process)
-        return process
+        command = [str(ROOT / script), *map(str, args)]
+        started.append(forked.Command(forked.run_script, *command, folder=tmp_path, env=environment(None)))
+        return started[-1]
 
     yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    for command in started:
+        command.process.kill()
 
 
 @pytest.fixture(autouse=True)

@@ -37,22 +37,21 @@ def begin(function: Callable, args: tuple, folder: str, env: dict, outputs: list
     function(*args)
 
 
-def start(
-    function: Callable, *args, folder: Path, env: dict
-) -> Callable[[float], subprocess.CompletedProcess]:
-    """Start run_script or run_code in a process; returns what waits for it, so many seconds at most."""
-    place = tempfile.TemporaryDirectory()
-    outputs = [str(Path(place.name) / name) for name in ("stdout", "stderr")]
-    process = context.Process(target=begin, args=(function, args, str(folder), env, outputs))
-    process.start()
+class Command:
+    """A process that does run_script or run_code with args, in a folder and under an environment."""
 
-    def finish(timeout: float = 300) -> subprocess.CompletedProcess:
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            raise subprocess.TimeoutExpired(args, timeout)
-        with place:
-            texts = [Path(name).read_text(encoding="utf-8") for name in outputs]
-        return subprocess.CompletedProcess(args, process.exitcode, *texts)
+    def __init__(self, function: Callable, *args: str, folder: Path, env: dict):
+        self.args, self.place = args, tempfile.TemporaryDirectory()
+        self.outputs = [str(Path(self.place.name) / name) for name in ("stdout", "stderr")]
+        self.process = context.Process(target=begin, args=(function, args, str(folder), env, self.outputs))
+        self.process.start()
 
-    return finish
+    def finish(self, timeout: float = 300) -> subprocess.CompletedProcess:
+        """Wait for its end."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        with self.place:
+            texts = [Path(name).read_text(encoding="utf-8") for name in self.outputs]
+        return subprocess.CompletedProcess(self.args, self.process.exitcode, *texts)

@@ -338,14 +338,15 @@ def test_resume_writes_again_what_came_after_the_checkpoint(tiny, monkeypatch):
 def test_signals_save_and_stop(number, tmp_path, start_cli):
     """As a command: the exit code is the shell's for that signal, and the checkpoint resumes."""
     options = ["--dataset", "ring", "--num-steps", 10**6, "--eval-every", 10**6, "--num-eval-samples", 0]
-    process = start_cli(*options, "--log-every", 5, "--batch-size", 16, "--device", "cpu")
+    command = start_cli(*options, "--log-every", 5, "--batch-size", 16, "--device", "cpu")
     end = time.monotonic() + 120
     while not any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.jsonl")):
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        assert command.process.is_alive() and time.monotonic() < end, command.finish()
         time.sleep(0.05)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
+    os.kill(command.process.pid, number)
+    result = command.finish(timeout=120)
+    err = result.stderr
+    assert result.returncode == 128 + number
     (folder,) = tmp_path.glob("runs/*")
     step = load(folder)["step"]
     assert step >= 5 and f"stopped after step {step}" in err and "Traceback" not in err

@@ -131,7 +131,7 @@ import {name[:-3]}
 roots = {{module.split(".")[0] for module in set(sys.modules) - before}}
 sys.exit(" ".join(roots & {{"wandb", "matplotlib", "sklearn", "triton", "scipy"}}) or 0)
 """
-    result = forked.start(forked.run_code, code, folder=ROOT, env=environment(None))()
+    result = forked.Command(forked.run_code, code, folder=ROOT, env=environment(None)).finish()
     assert (result.returncode, result.stdout, result.stderr.strip()) == (0, "", "")
     assert [path for path in sorted(ROOT.iterdir()) if path not in before] == []
 
@@ -233,7 +233,7 @@ def loose_options(text: str) -> set[str]:
 def help_options(script: str) -> frozenset[str]:
     """The options in a script's --help."""
     command = [str(ROOT / script), "--help"]
-    result = forked.start(forked.run_script, *command, folder=ROOT, env=environment(None))()
+    result = forked.Command(forked.run_script, *command, folder=ROOT, env=environment(None)).finish()
     assert result.returncode == 0, result.stderr
     return frozenset(re.findall(r"--[a-z][\w-]*", result.stdout))
 

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import forked
@@ -40,18 +39,15 @@ def torchrun(script: str, folder: Path, options: list[str]) -> subprocess.Popen:
     return subprocess.Popen(line, cwd=folder, env=environment(QUIET), **pipes)
 
 
-def processes(script: str, folder: Path, options: list[str], count: int) -> list[Callable]:
+def processes(script: str, folder: Path, options: list[str], count: int) -> list[forked.Command]:
     """The script in so many processes, with what torchrun tells them, sooner."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         env = QUIET | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
     env |= {"WORLD_SIZE": str(count)}
     ranks = [env | {"RANK": str(n), "LOCAL_RANK": str(n)} if count > 1 else QUIET for n in range(count)]
-    script, *options = command(script, options)
-    places = {"folder": folder}
-    return [
-        forked.start(forked.run_script, script, *options, env=environment(rank), **places) for rank in ranks
-    ]
+    line = command(script, options)
+    return [forked.Command(forked.run_script, *line, folder=folder, env=environment(rank)) for rank in ranks]
 
 
 def outcome(folder: Path) -> tuple[list[dict], dict]:
@@ -84,8 +80,8 @@ def test_two_processes_are_one(name, tmp_path, tiny_mnist):
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
-    waiting = [wait for n, folder in enumerate(folders, 1) for wait in processes(script, folder, options, n)]
-    for result in (wait() for wait in waiting):
+    started = [one for n, folder in enumerate(folders, 1) for one in processes(script, folder, options, n)]
+    for result in (one.finish() for one in started):
         assert result.returncode == 0, result.stdout + result.stderr
     (lines, one), (lines_two, two) = map(outcome, folders)
     assert len(lines) == len(lines_two) == 3
@@ -105,13 +101,14 @@ def test_two_processes_are_one(name, tmp_path, tiny_mnist):
 
 
 def test_a_batch_that_cannot_be_divided(tmp_path):
-    process = torchrun("mmd_gan.py", tmp_path, ["--dataset", "ring", "--batch-size", "15"])
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode and "--batch-size 15 cannot be divided among 2 processes" in out
+    started = processes("mmd_gan.py", tmp_path, ["--dataset", "ring", "--batch-size", "15"], 2)
+    results = [one.finish() for one in started]
+    assert all(result.returncode for result in results)
+    assert any("--batch-size 15 cannot be divided among 2 processes" in result.stderr for result in results)
     assert not (tmp_path / "runs").exists()
 
 
-def test_ctrl_c_stops_all_after_the_same_step(tmp_path):
+def test_torchrun_and_ctrl_c(tmp_path):
     """The signal reaches the other process alone: both stop, the first one saves, and the run resumes."""
     options = ["--dataset", "ring", "--batch-size", "16", "--num-steps", "1000000", "--eval-every", "1000000"]
     process = torchrun("sinkhorn_gan.py", tmp_path, options)
@@ -132,8 +129,8 @@ def test_ctrl_c_stops_all_after_the_same_step(tmp_path):
     step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
     assert step and f"stopped after step {step}" in out
     options = ["--resume", str(folder), "--num-steps", str(step + 2)]
-    (wait,) = processes("sinkhorn_gan.py", tmp_path, options, 1)
-    assert wait().returncode == 0
+    (resumed,) = processes("sinkhorn_gan.py", tmp_path, options, 1)
+    assert resumed.finish().returncode == 0
     lines, _ = outcome(tmp_path)
     assert lines[-1]["step"] == step + 2
 

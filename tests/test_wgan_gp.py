@@ -321,7 +321,7 @@ def test_same_seed_same_run(tiny, light):
 @pytest.mark.parametrize("lipschitz", ["gp", "clip"])
 def test_training_learns(lipschitz, tiny, light):
     """Seconds on the ring bring the samples much nearer to it than a generator's first ones."""
-    options = {"num_steps": 400, "batch_size": 128, "latent_dim": 2, "log_every": 100, "eval_every": 400}
+    options = {"num_steps": 250, "batch_size": 128, "latent_dim": 2, "log_every": 100, "eval_every": 250}
     options |= {"critic_steps": 3, "ema_decay": 0.9} | ({"clip": 0.1} if lipschitz == "clip" else {})
     folder = main(tiny(dataset="ring", num_eval_samples=500, lipschitz=lipschitz, **options))
     torch.manual_seed(0)
