@@ -399,9 +399,13 @@ def plot_curves(folder: Path) -> None:
         return
     names = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list))
     names.pop("step")
-    figure = Figure(figsize=(14, 2.6 * math.ceil(len(names) / 4)), layout="constrained")
+    height = math.ceil(len(names) / 4)
+    figure = Figure(figsize=(14, 2.6 * height))
+    figure.subplots_adjust(
+        0.05, 0.2 / height, 0.99, 1 - 0.12 / height, 0.25, 0.5
+    )  # a layout engine draws twice
     for place, name in enumerate(names):
-        axes = figure.add_subplot(math.ceil(len(names) / 4), 4, place + 1, title=name, xlabel="step")
+        axes = figure.add_subplot(height, 4, place + 1, title=name, xlabel="step")
         points = [(row["step"], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points), marker="o" if len(points) < 20 else None, markersize=3)
         axes.grid(alpha=0.3)

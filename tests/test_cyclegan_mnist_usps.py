@@ -70,8 +70,7 @@ def tiny(runs, tiny_mnist, run_name, monkeypatch):
 @pytest.fixture
 def light(monkeypatch):
     """Runs without pictures: they take seconds, which other tests spend."""
-    for name in ("plot_curves", "save_translations"):
-        monkeypatch.setattr(script, name, lambda *args: None)
+    monkeypatch.setattr(script, "save_translations", lambda *args: None)
 
 
 def rows(folder: Path) -> list[dict]:
@@ -403,6 +402,7 @@ def test_metrics_of_shuffled_labels(measure):
 # The script
 
 
+@pytest.mark.curves
 def test_a_run_and_what_it_leaves(tiny):
     folder = main(tiny())
     assert sorted(p.name for p in folder.iterdir()) == FILES

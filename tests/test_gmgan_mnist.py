@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import draw_few_pixels
 from PIL import Image
 from torch import nn
 
@@ -64,7 +65,7 @@ def tiny(runs, tiny_mnist, run_name, monkeypatch):
 @pytest.fixture
 def light(monkeypatch):
     """Runs without pictures: they take seconds, which other tests spend."""
-    for name in ("plot_curves", "save_picture", "save_components"):
+    for name in ("save_picture", "save_components"):
         monkeypatch.setattr(gmgan_mnist, name, lambda *args: None)
 
 
@@ -426,6 +427,7 @@ def test_clustering_finds_the_components(monkeypatch):
 # The script
 
 
+@pytest.mark.curves
 def test_a_run_and_what_it_leaves(tiny):
     folder = main(tiny())
     assert sorted(p.name for p in folder.iterdir()) == FILES
@@ -603,7 +605,7 @@ def mixture_run(runs, tiny_mnist) -> Path:
     """A run of a few steps with three components, and its judge beside it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gmgan_mnist, "CLUSTER_STEPS", 3)
-        patch.setattr(gmgan_mnist, "plot_curves", lambda folder: None)
+        patch.setattr(gmgan_mnist, "plot_curves", draw_few_pixels)
         fixed = {"run_dir": str(runs), "data_dir": str(tiny_mnist), "exp_name": "mixture"}
         return main(Args(**(TINY | fixed)))
 

@@ -102,6 +102,7 @@ def assert_complete(folder: Path, pictures: list[int]) -> None:
 # Every data set, every option
 
 
+@pytest.mark.curves
 @pytest.mark.parametrize("dataset", ["mnist", "fashion-mnist", "kmnist", "digits", "ring", "grid"])
 def test_every_data_set(dataset, tiny, capsys):
     folder = main(tiny(dataset=dataset))
@@ -148,7 +149,6 @@ OPTIONS = [
 @pytest.mark.parametrize("dataset", ["mnist", "ring"])
 def test_every_loss_option(options, dataset, tiny, monkeypatch):
     """A run ends, its losses are finite, and what should train has trained."""
-    monkeypatch.setattr(mmd_gan, "plot_curves", lambda folder: None)  # seconds that other tests spend
     if dataset == "ring":
         monkeypatch.setattr(mmd_gan, "save_picture", lambda *args: None)
     before = {}

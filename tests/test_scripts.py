@@ -29,8 +29,9 @@ def definitions(source: str) -> dict[str, str]:
     """The text of every function and class of a module, by name."""
     kinds = ast.FunctionDef, ast.ClassDef
     nodes = [node for node in ast.parse(source).body if isinstance(node, kinds)]
-    decorators = {n.name: [ast.get_source_segment(source, d) for d in n.decorator_list] for n in nodes}
-    return {n.name: "\n".join([*decorators[n.name], ast.get_source_segment(source, n)]) for n in nodes}
+    lines = source.splitlines()
+    starts = {n.name: min([n.lineno, *(d.lineno for d in n.decorator_list)]) for n in nodes}
+    return {n.name: "\n".join(lines[starts[n.name] - 1 : n.end_lineno]) for n in nodes}
 
 
 def differing(sources: dict[str, str]) -> list[str]:
@@ -84,9 +85,8 @@ def test_an_interrupt_is_one_line(name, monkeypatch, capsys):
     assert stop.value.code == 130 and "interrupted" in line and "--resume" in line
 
 
-TRACKED = {
+TRACKED = {  # in the files of mmd_gan.py and sinkhorn_gan.py are the most; sgan and gmgan have wgan's Run
     "wgan_gp.py": "--dataset ring --num-eval-samples 50",
-    "gmgan_mnist.py": "--channels 4 --batch-size 8 --num-eval-samples 0",
     "cyclegan_mnist_usps.py": "--channels 2 --batch-size 4 --num-eval-samples 0",
 }
 
