@@ -823,13 +823,14 @@ class TritonMeans(torch.autograd.Function):
         x, y, z, centers, mix = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: someone wants second derivatives
             return dense_gradients(x, y, ctx, g_xx, g_yy, g_xy)
-        n, m, d, *_, unbiased = ctx.sizes
+        n, m, d, *_, kind, unbiased = ctx.sizes
         factors = g_xx * (2 / pairs(n, unbiased)), g_yy * (2 / pairs(m, unbiased)), g_xy / (n * m)
         out, factors = torch.empty_like(z), torch.stack(factors)
         out_d = 16 if d <= 16 else 64 if d <= 64 else 128
         launch = triton_means()[1][(-(-n // 32) - (-m // 32), -(-d // out_d))]
         # With these blocks, warps and stages the compiler keeps all in registers (tests/test_triton.py).
-        options = {"num_warps": 4 if out_d <= 64 else 8, "num_stages": 1}
+        wide = out_d > 64 or (out_d == 16 and kind == "gaussian")
+        options = {"num_warps": 8 if wide else 4, "num_stages": 1}
         launch(z, centers, mix, factors, out, *ctx.sizes, 32, 16, out_d, dot_precision(x), **options)
         grads = (g if needed else None for g, needed in zip(out.split((n, m)), ctx.needs_input_grad))
         return *grads, None, None, None, None, None

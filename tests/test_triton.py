@@ -128,6 +128,7 @@ def interpret(loss: str) -> None:
 MEANS, GRADIENT = {"KIND": "chain", "UNBIASED": True, "BLOCK": 64}, {"KIND": "chain", "UNBIASED": True}
 LAUNCHES = [  # the largest forms of the kernels that are launched: kernel, its constants, warps
     ("means", MEANS | {"BLOCK_D": 32}, 4),
+    ("gradient", GRADIENT | {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": 16, "KIND": "gaussian"}, 8),
     ("gradient", GRADIENT | {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": 64}, 4),
     ("gradient", GRADIENT | {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": 128}, 8),
     ("iterate", {"SELF": False, "BLOCK": 64, "BLOCK_D": 16}, 4),
