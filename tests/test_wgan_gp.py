@@ -205,7 +205,7 @@ def test_every_data_set(dataset, tiny):
     folder = main(tiny(dataset=dataset))
     assert sorted(p.name for p in folder.iterdir()) == sorted([*FILES, *PICTURES])
     lines, results = rows(folder), json.loads((folder / "results.json").read_text())
-    measures = {"modes", "high_quality", "mode_kl", "w1_critic", "w1_exact", "w1_floor"}
+    measures = {"modes", "high_quality", "mode_kl", "w1_critic", "critic_slope", "w1_exact", "w1_floor"}
     if dataset not in ("ring", "grid"):
         measures = {"fid", "precision", "recall", "class_kl"}
     assert all((measures <= line.keys()) == (line["step"] in (3, 4)) for line in lines)
@@ -228,6 +228,14 @@ def test_distances_of_a_toy(tiny, light, monkeypatch):
     drawn = wgan_gp.draw_samples(averaged, 8, 2500, 1, torch.device("cpu"))
     assert torch.equal(samples, drawn[:300]) and not torch.equal(samples, real)
     assert results["w1_exact"] == exact_wasserstein(real, samples) > results["w1_floor"] > 0
+    critic = wgan_gp.make_critic(1, 4, True, spectral_norm=False, scale=1.0)
+    critic.load_state_dict(load(folder)["critic"])
+    points = torch.lerp(real, samples, torch.linspace(0, 1, 300)[:, None]).requires_grad_()
+    (grad,) = torch.autograd.grad(critic(points).sum(), points)
+    assert results["critic_slope"] == pytest.approx(grad.norm(dim=1).mean().item())
+    assert results["w1_critic"] == pytest.approx(
+        (critic(data[:10_000]).mean() - critic(samples).mean()).item(), abs=1e-6
+    )
 
 
 OPTIONS = [
