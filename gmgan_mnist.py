@@ -831,9 +831,8 @@ def plot_curves(folder: Path) -> None:
     names.pop("step")
     height = math.ceil(len(names) / 4)
     figure = Figure(figsize=(14, 2.6 * height))
-    figure.subplots_adjust(
-        0.05, 0.2 / height, 0.99, 1 - 0.12 / height, 0.25, 0.5
-    )  # a layout engine draws twice
+    # By hand: a layout engine would draw all of it twice.
+    figure.subplots_adjust(0.05, 0.2 / height, 0.99, 1 - 0.12 / height, 0.25, 0.5)
     for place, name in enumerate(names):
         axes = figure.add_subplot(height, 4, place + 1, title=name, xlabel="step")
         points = [(row["step"], row[name]) for row in rows if name in row]
@@ -1220,7 +1219,7 @@ def train(args: Args) -> Path:
     return run.finish(facts)
 
 
-def generate(args: Args) -> Path:
+def generate_from_mixture(args: Args) -> Path:
     """Samples of a checkpoint as a folder of PNG files, with their metrics.json if asked for; returns it."""
     if not args.checkpoint or not args.out:
         fail("--generate needs --checkpoint runs/<run>/checkpoint.pt and --out <new folder>")
@@ -1286,7 +1285,7 @@ def generate(args: Args) -> Path:
 
 def main(args: Args) -> Path:
     """Train, or sample with --generate; returns the folder that was written."""
-    return generate(args) if args.generate else train(args)
+    return generate_from_mixture(args) if args.generate else train(args)
 
 
 if __name__ == "__main__":

@@ -1107,9 +1107,8 @@ def plot_curves(folder: Path) -> None:
     names.pop("step")
     height = math.ceil(len(names) / 4)
     figure = Figure(figsize=(14, 2.6 * height))
-    figure.subplots_adjust(
-        0.05, 0.2 / height, 0.99, 1 - 0.12 / height, 0.25, 0.5
-    )  # a layout engine draws twice
+    # By hand: a layout engine would draw all of it twice.
+    figure.subplots_adjust(0.05, 0.2 / height, 0.99, 1 - 0.12 / height, 0.25, 0.5)
     for place, name in enumerate(names):
         axes = figure.add_subplot(height, 4, place + 1, title=name, xlabel="step")
         points = [(row["step"], row[name]) for row in rows if name in row]

@@ -1044,9 +1044,8 @@ def triton_transport(x, y, eps, a, b, tol, max_iterations, start, need, same) ->
     value = a @ f + b @ g + (a @ x - b @ y) @ t + t @ t / 2
     grad_x = p_y.neg_().add_(x).add_(t).mul_(a[:, None]) if need[0] else None
     grad_y = p_x.neg_().add_(y).sub_(t).mul_(b[:, None]) if need[1] else None
-    moved = (
-        (grad_x.flatten() @ x.flatten() + grad_y.flatten() @ y.flatten() + t @ t) / 2 if all(need) else None
-    )
+    products = ((grad_x, x), (grad_y, y)) if all(need) else ()
+    moved = (sum(p.flatten() @ q.flatten() for p, q in products) + t @ t) / 2 if products else None
     f, g = f + x @ t + t @ t / 2, g - y @ t
     shift, count = (b @ g - a @ f) / 2, loop.counts[1] if same else (loop.counts[1] + 1) // 2
     return Plan(f + shift, g - shift, value, moved, grad_x, grad_y, error, count.clone())
@@ -1312,9 +1311,8 @@ def plot_curves(folder: Path) -> None:
     names.pop("step")
     height = math.ceil(len(names) / 4)
     figure = Figure(figsize=(14, 2.6 * height))
-    figure.subplots_adjust(
-        0.05, 0.2 / height, 0.99, 1 - 0.12 / height, 0.25, 0.5
-    )  # a layout engine draws twice
+    # By hand: a layout engine would draw all of it twice.
+    figure.subplots_adjust(0.05, 0.2 / height, 0.99, 1 - 0.12 / height, 0.25, 0.5)
     for place, name in enumerate(names):
         axes = figure.add_subplot(height, 4, place + 1, title=name, xlabel="step")
         points = [(row["step"], row[name]) for row in rows if name in row]

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, environment
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
-OWN = {"Args", "main", "train", "generate"}  # definitions that differ from script to script
+OWN = {"Args", "main", "train"}  # definitions that differ from script to script
 
 
 def python(*args, **options) -> subprocess.CompletedProcess:
