@@ -446,18 +446,53 @@ def check_logits(l_real: Tensor, l_fake: Tensor) -> None:
         raise ValueError(f"logits of real and fake samples must both be (b,), not {shapes}")
 
 
-def zero_centred_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
-    """|grad D(x_i)|^2 (b,) for logits D(x_i) (b,) of inputs x_i (b, ...), differentiable in D's weights.
+def penalised_backward(
+    discriminator: nn.Sequential, x: Tensor, loss: Callable[[Tensor], Tensor], weight: float
+) -> tuple[Tensor, Tensor]:
+    """Write the gradients of  loss(D(x)) + weight mean_i |grad D(x_i)|^2  to the .grad of D's parameters.
 
-    Its mean over real samples is R1, over fake ones R2 (Huang et al. 2024, section 2), of which the loss
-    takes gamma / 2 each. One gradient of the sum serves all, because no logit depends on another sample: D
-    must have no batch normalisation. Raises ValueError for other shapes and for inputs without gradient.
+    x are (b, ...), D(x) logits (b, 1), which loss gets as (b,); returns its value and |grad D(x_i)|^2 (b,),
+    whose mean over real samples is R1, over fake ones R2 (Huang et al. 2024, section 2). There is no second
+    derivative: with affine layers and leaky ReLUs D is affine near x_i, and for c_i = dloss/dD(x_i) and
+    u_i = 2 weight/b grad D(x_i), both constants, the gradient is that of
+        sum_i c_i D(x_i) + <u_i, grad D(x_i)>,
+    which is what D makes of c_i x_i + u_i with biases times c_i and each unit's slope as at x_i. So a layer's
+    gradient follows from its input in that pass and from dD/d(its output), which grad D has made already:
+    four passes, where autograd needs six. Raises TypeError for layers of other kinds or in place; batch
+    normalisation, for one, would make a logit depend on other samples.
     """
-    if logits.shape != inputs.shape[:1] or not inputs.requires_grad:
-        state = f"logits {tuple(logits.shape)}, inputs {tuple(inputs.shape)} ({inputs.requires_grad=})"
-        raise ValueError(f"logits must be (b,) and inputs (b, ...) with requires_grad, not {state}")
-    (grad,) = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
-    return grad.flatten(1).square().sum(1)
+    bent = (nn.ReLU, nn.LeakyReLU)
+    known = (nn.Linear, nn.Conv2d, nn.Flatten, Affine, *bent)
+    for layer in discriminator:
+        if type(layer) not in known or getattr(layer, "inplace", False):
+            raise TypeError(f"layers must be {', '.join(k.__name__ for k in known)}, not in place: {layer}")
+    points, outputs = x.detach().requires_grad_(), []
+    for layer in discriminator:
+        outputs.append(layer(outputs[-1] if outputs else points))
+    logits = outputs[-1].detach().squeeze(1).requires_grad_()
+    value = loss(logits)
+    (c,) = torch.autograd.grad(value, logits)
+    trained = [i for i, layer in enumerate(discriminator) if [*layer.parameters()]]
+    wanted = [points, *(outputs[i] for i in trained)]
+    g, *deltas = torch.autograd.grad(outputs[-1].sum(), wanted, retain_graph=True)
+    deltas = dict(zip(trained, deltas))
+
+    def each(v: Tensor, dim: int) -> Tensor:  # numbers (b,) so that they multiply samples (b, ...)
+        return v.view(-1, *[1] * (dim - 1))
+
+    h = torch.add(each(c, x.dim()) * x.detach(), g, alpha=2 * weight / len(x))
+    for i, layer in enumerate(discriminator):
+        if isinstance(layer, bent):
+            (h,) = torch.autograd.grad(outputs[i], outputs[i - 1], h, retain_graph=True)
+            continue
+        shift = layer(torch.zeros_like(h[:1]))  # the biases
+        moved = torch.addcmul(layer(h), each(c - 1, shift.dim()), shift)
+        if i in deltas:
+            parameters = [*layer.parameters()]
+            for p, grad in zip(parameters, torch.autograd.grad(moved, parameters, deltas[i])):
+                p.grad = grad
+        h = moved.detach()
+    return value.detach(), g.flatten(1).square().sum(1)
 
 
 def drs_scores(logits: Tensor, top: float, eps: float = 1e-8) -> Tensor:
@@ -1155,6 +1190,9 @@ def train(args: Args) -> Path:
     run.hold(**networks, opt_generator=opt_generator, opt_discriminator=opt_discriminator)
     losses = {"relativistic": relativistic_losses, "non-saturating": non_saturating_losses}[args.loss]
 
+    def of_pairs(logits: Tensor) -> Tensor:  # the discriminator's loss, real samples before fake ones
+        return losses(*logits.chunk(2))[0]
+
     def update(optimizer, loss: Tensor) -> None:
         optimizer.zero_grad()
         loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
@@ -1176,15 +1214,14 @@ def train(args: Args) -> Path:
         fake = generator(mixture(components, noise))
 
         # The discriminator tells real from fake, and keeps its slope low at both.
-        both = torch.cat((real, fake.detach())).requires_grad_(args.gamma > 0)
-        logits = discriminator(both).squeeze(1)
-        loss = loss_discriminator = losses(*logits.chunk(2))[0]
-        scalars = {}
+        both, scalars = torch.cat((real, fake.detach())), {}
         if args.gamma:
-            r1, r2 = (half.mean() for half in zero_centred_penalty(logits, both).chunk(2))
-            loss = loss + args.gamma / 2 * (r1 + r2)
-            scalars = {"r1": r1, "r2": r2}
-        update(opt_discriminator, loss)
+            loss_discriminator, slopes = penalised_backward(discriminator, both, of_pairs, args.gamma)
+            opt_discriminator.step()
+            scalars = {"r1": slopes[: len(real)].mean(), "r2": slopes[len(real) :].mean()}
+        else:
+            loss_discriminator = of_pairs(discriminator(both).squeeze(1))
+            update(opt_discriminator, loss_discriminator)
 
         # Generator and mixture turn the same fake samples against the new discriminator.
         with torch.no_grad():

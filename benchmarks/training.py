@@ -22,8 +22,8 @@ The copied sgan_mnist keeps the script's augmentation, joint passes and averaged
 Times: a round is --steps of the script, then as many of the copied loop, so that a machine that drifts hits
 both alike. The table has the medians of the rounds and their quartiles, and of the ratio of both in a round.
 Shares of the script's step are from another pass, with --no-compile: data (drawing, scaling, augmentation),
-backward, optimizer (with the averages), and loss, which is all the rest: forward passes, losses, and the
-gradient inside a penalty.
+backward (with all of gmgan_mnist's penalised_backward), optimizer (with the averages), and loss, which is all
+the rest: forward passes, losses, and the gradient inside a penalty.
 """
 
 import contextlib
@@ -527,7 +527,8 @@ def measure_shares(name: Script, settings, args: Args) -> dict[str, float]:
     make_average = script.average
     with contextlib.ExitStack() as stack:
         places = [(script, part, "data") for part in ("draw_batch", "to_float", "augment", "paste_patches")]
-        places += [(Tensor, "backward", "backward"), (torch.optim.Adam, "step", "optimizer")]
+        places += [(Tensor, "backward", "backward"), (script, "penalised_backward", "backward")]
+        places += [(torch.optim.Adam, "step", "optimizer")]
         for owner, function, part in places:
             if hasattr(owner, function):
                 wrapped = timed(part, getattr(owner, function))

@@ -249,11 +249,14 @@ def test_copied_penalties_are_the_scripts(features):
     copied = training.gradient_penalty(linear, real, fake)
     script = wgan_gp.slope_penalty(linear, wgan_gp.between(real, fake))[0]
     assert_same(copied, script, [linear[1].weight], 1e-5)
-    critic = torch.nn.Sequential(*linear, torch.nn.Tanh())
-    logits = critic(real.requires_grad_())
-    copied = training.input_gradients(logits, real).square().sum(1).mean()
-    script = gmgan_mnist.zero_centred_penalty(logits.squeeze(1), real).mean()
-    assert_same(copied, script, [linear[1].weight], 1e-5)
+    hidden = torch.nn.Linear(16, 8), torch.nn.LeakyReLU(0.2), torch.nn.Linear(8, 1)
+    critic = torch.nn.Sequential(torch.nn.Flatten(), *hidden)
+    copied = training.input_gradients(critic(real.requires_grad_()), real).square().sum(1).mean()
+    copied.backward(inputs=(weights := [critic[1].weight, critic[3].weight]))
+    expected = [weight.grad for weight in weights]
+    slopes = gmgan_mnist.penalised_backward(critic, real, lambda logits: 0 * logits.sum(), 1.0)[1]
+    torch.testing.assert_close(slopes.mean(), copied.detach())
+    torch.testing.assert_close([weight.grad for weight in weights], expected)
 
 
 def test_a_table_of_training_speeds(tiny_mnist, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """gmgan_mnist.py: latents, losses, rejection and clusters against what is known, and the whole script."""
 
+import copy
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ import torch
 from conftest import draw_few_pixels
 from PIL import Image
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import gmgan_mnist
 from gmgan_mnist import (
@@ -30,9 +32,9 @@ from gmgan_mnist import (
     make_mixture,
     mixture_latents,
     non_saturating_losses,
+    penalised_backward,
     reject_samples,
     relativistic_losses,
-    zero_centred_penalty,
 )
 
 TINY = {"num_steps": 4, "batch_size": 8, "latent_dim": 6, "channels": 4, "num_components": 3, "device": "cpu"}
@@ -231,46 +233,79 @@ def test_logits_that_do_not_pair(losses, shapes):
         losses(*map(torch.zeros, shapes))
 
 
-def test_penalty_of_a_linear_discriminator():
-    """Its gradient is w everywhere: |w|^2, with the gradient 2 w."""
-    w = torch.randn(12, dtype=torch.float64, requires_grad=True)
-    x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
-    penalty = zero_centred_penalty(x.flatten(1) @ w, x)
-    torch.testing.assert_close(penalty, w.square().sum().expand(5))
-    penalty.mean().backward()
-    torch.testing.assert_close(w.grad, 2 * w.detach())
+def reference(discriminator, x: torch.Tensor, loss, weight: float) -> tuple:
+    """Loss, |grad D(x_i)|^2 (b,) and the gradients of loss + weight mean_i |grad D(x_i)|^2, by autograd of
+    autograd, sample after sample."""
+    points = [point.requires_grad_() for point in x.split(1)]
+    logits = torch.cat([discriminator(point) for point in points]).squeeze(1)
+    grads = torch.autograd.grad(logits.sum(), points, create_graph=True)
+    slopes, value = torch.stack([grad.square().sum() for grad in grads]), loss(logits)
+    parameters = [*discriminator.parameters()]
+    found = torch.autograd.grad(value + weight * slopes.mean(), parameters, allow_unused=True)
+    found = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(parameters, found)]
+    return value.detach(), slopes.detach(), found
 
 
-def test_penalty_has_second_derivatives():
-    """For D(x) = x' A x / 2 it is |S x|^2, S the symmetric part of A; gradcheck on a network."""
-    a = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
-    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-
-    def penalty(a):
-        return zero_centred_penalty((x @ a * x).sum(1) / 2, x)
-
-    torch.testing.assert_close(penalty(a), (x @ (a + a.T) / 2).square().sum(1))
-    assert torch.autograd.gradcheck(penalty, (a,))
-    assert torch.autograd.gradcheck(lambda w: zero_centred_penalty(torch.tanh(x @ w), x), (a[0],))
-
-
+@pytest.mark.parametrize("loss", [relativistic_losses, non_saturating_losses])
 @pytest.mark.parametrize("arch", ["dcgan", "mlp"])
-def test_one_pass_penalises_each_sample(arch):
-    """The discriminators' logits do not depend on other samples, so the sum's gradient is each one's own."""
+@pytest.mark.parametrize("weight", [0.0, 0.1, 5.0])
+def test_penalised_gradients_against_autograd(loss, arch, weight):
     torch.manual_seed(0)
-    discriminator = gmgan_mnist.make_networks(Args(arch=arch, channels=2))[1]
-    x = torch.randn(3, 1, 28, 28, requires_grad=True)
-    together = zero_centred_penalty(discriminator(x).squeeze(1), x)
-    for i in range(3):
-        (grad,) = torch.autograd.grad(discriminator(x[i : i + 1]).sum(), x)
-        torch.testing.assert_close(together[i], grad[i].square().sum())
-    assert (together > 0).all()
+    discriminator = gmgan_mnist.make_networks(Args(arch=arch, channels=2))[1].double()
+    for parameter in discriminator.parameters():  # biases that count
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x = torch.randn(6, 1, 28, 28, dtype=torch.float64)
+    of_pairs = lambda logits: loss(*logits.chunk(2))[0]  # noqa: E731
+    value, slopes, expected = reference(discriminator, x, of_pairs, weight)
+    found = penalised_backward(discriminator, x, of_pairs, weight)
+    torch.testing.assert_close(found, (value, slopes))
+    assert (slopes > 0).all() and slopes.std() > 1e-3 * slopes.mean() and not x.requires_grad
+    torch.testing.assert_close([p.grad for p in discriminator.parameters()], expected, atol=1e-12, rtol=1e-9)
+    penalised_backward(discriminator, x, of_pairs, weight)  # writes and does not add
+    torch.testing.assert_close([p.grad for p in discriminator.parameters()], expected, atol=1e-12, rtol=1e-9)
 
 
-@pytest.mark.parametrize("logits, needs", [((4, 1), True), ((3,), True), ((4,), False)])
-def test_penalty_without_a_gradient(logits, needs):
-    with pytest.raises(ValueError, match="with requires_grad"):
-        zero_centred_penalty(torch.zeros(logits), torch.zeros(4, 2, requires_grad=needs))
+def test_penalised_gradients_against_differences():
+    """Along one direction in the space of the weights, without autograd."""
+    torch.manual_seed(0)
+    layers = nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 6), nn.LeakyReLU(0.3), nn.Linear(6, 1)
+    discriminator, x = nn.Sequential(*layers).double(), torch.randn(9, 5, dtype=torch.float64)
+    loss = lambda logits: (logits.exp() * torch.arange(1, 10)).mean()  # noqa: E731
+    penalised_backward(discriminator, x, loss, 0.7)
+    parameters = [*discriminator.parameters()]
+    direction, grads = [torch.randn_like(p) for p in parameters], [p.grad.clone() for p in parameters]
+
+    def objective(t: float) -> float:
+        moved = copy.deepcopy(discriminator)
+        for p, d in zip(moved.parameters(), direction):
+            p.data += t * d
+        value, slopes = penalised_backward(moved, x, loss, 0.7)
+        return (value + 0.7 * slopes.mean()).item()
+
+    difference = (objective(1e-6) - objective(-1e-6)) / 2e-6
+    assert sum((g * d).sum().item() for g, d in zip(grads, direction)) == pytest.approx(difference, rel=1e-6)
+
+
+def test_penalty_of_a_linear_discriminator():
+    """Its gradient is w everywhere: |w|^2, with the gradient 2 w, and none of the bias."""
+    discriminator = nn.Sequential(nn.Flatten(), nn.Linear(12, 1)).double()
+    w, b = discriminator[1].parameters()
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    _, slopes = penalised_backward(discriminator, x, lambda logits: 0 * logits.sum(), 1.0)
+    torch.testing.assert_close(slopes, w.detach().square().sum().expand(5))
+    torch.testing.assert_close((w.grad, b.grad), (2 * w.detach(), torch.zeros_like(b)))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.BatchNorm1d(4), nn.Tanh(), nn.LeakyReLU(inplace=True), spectral_norm(nn.Linear(4, 4))],
+    ids=["normalisation", "curved", "in place", "parametrised"],
+)
+def test_layers_that_the_penalty_cannot_pass(layer):
+    discriminator = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 1))
+    with pytest.raises(TypeError, match=r"layers must be Linear, .*LeakyReLU, not in place: "):
+        penalised_backward(discriminator, torch.zeros(3, 4), torch.sum, 1.0)
+    assert all(p.grad is None for p in discriminator.parameters())
 
 
 # Rejection
@@ -458,7 +493,7 @@ OPTIONS = [
 def test_every_option(options, tiny, light, monkeypatch):
     """A run ends, its losses are finite, what was asked for was used, and what should train has moved."""
     calls = []
-    for name in ("relativistic_losses", "non_saturating_losses", "zero_centred_penalty"):
+    for name in ("relativistic_losses", "non_saturating_losses", "penalised_backward"):
         function = getattr(gmgan_mnist, name)
         called = lambda *a, name=name, function=function: calls.append(name) or function(*a)  # noqa: E731
         monkeypatch.setattr(gmgan_mnist, name, called)
@@ -498,14 +533,25 @@ def test_learning_rates_of_the_groups(tiny, light):
 
 
 def test_half_of_gamma_weighs_each_penalty(tiny, light, monkeypatch):
-    """What the discriminator minimises, from the scalars that are logged."""
-    totals, backward = [], torch.Tensor.backward
-    spied = lambda loss, **options: totals.append(loss.item()) or backward(loss, **options)  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, "backward", spied)
+    """The discriminator descends on its loss and on gamma / 2 of R1 and of R2, which are logged."""
+    seen = []
+
+    def checked(discriminator, x, loss, weight):
+        model, points = copy.deepcopy(discriminator), x.clone().requires_grad_()
+        logits = model(points).squeeze(1)
+        (grad,) = torch.autograd.grad(logits.sum(), points, create_graph=True)
+        r1, r2 = (half.flatten(1).square().sum(1).mean() for half in grad.chunk(2))
+        (relativistic_losses(*logits.chunk(2))[0] + 1000 * (r1 + r2)).backward()
+        found = penalised_backward(discriminator, x, loss, weight)
+        grads = ([p.grad for p in network.parameters()] for network in (discriminator, model))
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+        seen.append((r1.item(), r2.item()))
+        return found
+
+    monkeypatch.setattr(gmgan_mnist, "penalised_backward", checked)
     lines = rows(main(tiny(num_eval_samples=0, gamma=2000.0, num_steps=2)))
-    for line, total in zip(lines, totals[::2], strict=True):  # the generator's come between
-        assert total == pytest.approx(line["loss_discriminator"] + 1000 * (line["r1"] + line["r2"]), rel=1e-5)
-        assert 1000 * abs(line["r1"] - line["r2"]) > 1e-3 * total  # so that neither stands for the other
+    assert [(line["r1"], line["r2"]) for line in lines] == [pytest.approx(pair) for pair in seen]
+    assert all(abs(r1 - r2) > 1e-3 * r1 for r1, r2 in seen)  # so that neither stands for the other
 
 
 def test_same_seed_same_run(tiny, light):
