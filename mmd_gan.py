@@ -771,11 +771,11 @@ def triton_means() -> tuple:
             total = tl.sum(k) * tl.where((quarter < 2) & (j > i), 2.0, 1.0)
         tl.store(sums + (quarter * tl.num_programs(0) + i) * tl.num_programs(1) + j, total)
 
-    @triton.jit
-    def gradient(z, centers, mix, factors, out, n, m, d, parts, low, high, KIND: tl.constexpr,
+    @triton.jit(do_not_specialize=["first"])
+    def gradient(z, centers, mix, factors, out, first, n, m, d, parts, low, high, KIND: tl.constexpr,
                  UNBIASED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, OUT_D: tl.constexpr,
                  PRECISION: tl.constexpr):
-        strip, strips, k = tl.program_id(0), tl.cdiv(n, BLOCK), tl.program_id(1) * OUT_D
+        strip, strips, k = first + tl.program_id(0), tl.cdiv(n, BLOCK), tl.program_id(1) * OUT_D
         in_y = strip >= strips
         row, row_end = tl.where(in_y, n + (strip - strips) * BLOCK, strip * BLOCK), tl.where(in_y, n + m, n)
         grad = tl.zeros((BLOCK, OUT_D), tl.float32)
@@ -827,11 +827,14 @@ class TritonMeans(torch.autograd.Function):
         factors = g_xx * (2 / pairs(n, unbiased)), g_yy * (2 / pairs(m, unbiased)), g_xy / (n * m)
         out, factors = torch.empty_like(z), torch.stack(factors)
         out_d = 16 if d <= 16 else 64 if d <= 64 else 128
-        launch = triton_means()[1][(-(-n // 32) - (-m // 32), -(-d // out_d))]
+        need_x, need_y = ctx.needs_input_grad[:2]
+        strips = -(-n // 32) * need_x, -(-m // 32) * need_y
+        first = 0 if need_x else -(-n // 32)
+        launch = triton_means()[1][(sum(strips), -(-d // out_d))]
         # With these blocks, warps and stages the compiler keeps all in registers (tests/test_triton.py).
         wide = out_d > 64 or (out_d == 16 and kind == "gaussian")
         options = {"num_warps": 8 if wide else 4, "num_stages": 1}
-        launch(z, centers, mix, factors, out, *ctx.sizes, 32, 16, out_d, dot_precision(x), **options)
+        launch(z, centers, mix, factors, out, first, *ctx.sizes, 32, 16, out_d, dot_precision(x), **options)
         grads = (g if needed else None for g, needed in zip(out.split((n, m)), ctx.needs_input_grad))
         return *grads, None, None, None, None, None
 

@@ -27,16 +27,16 @@ MMD = {
     "odd sizes": (5, 37, 3, {"bandwidths": (0.7, 1.1, 5.0), "weights": (1.0, 0.5, 2.0)}),
     "several tiles": (70, 33, 17, {"bandwidths": (8.0, 4.0, 2.0, 1.0, 0.5)}),
     "rational quadratic": (9, 4, 17, {"kernel": "rational_quadratic", "bandwidths": (0.2, 1.0, 5.0)}),
-    "bounded": (12, 9, 3, {"bounds": (0.5, 4.0), "unbiased": False}),
-    "images": (2, 3, 784, {"bandwidths": (14.0, 28.0, 56.0), "only_x": True}),
+    "bounded": (12, 9, 3, {"bounds": (0.5, 4.0), "unbiased": False, "wanted": "y"}),
+    "images": (2, 3, 784, {"bandwidths": (14.0, 28.0, 56.0), "wanted": "x"}),
 }
 SINKHORN = {
     "one point": (1, 1, 1, {}),
     "odd sizes": (5, 9, 3, {}),
     "weights": (20, 13, 17, {"weighted": True}),
     "many programs": (97, 40, 2, {"eps": 2.0}),
-    "cosine": (6, 7, 17, {"cost": "cosine"}),
-    "images": (3, 2, 784, {"eps": 2.0, "only_x": True}),
+    "cosine": (6, 7, 17, {"cost": "cosine", "wanted": "y"}),
+    "images": (3, 2, 784, {"eps": 2.0, "wanted": "x"}),
 }
 
 
@@ -47,12 +47,12 @@ def points(n: int, m: int, d: int, device: str = "cpu") -> list[torch.Tensor]:
     return [(v + shift).to(device) for v, shift in ((x, 10.0), (y, 10.5))]
 
 
-def gradients(loss, x: torch.Tensor, y: torch.Tensor, only_x: bool) -> list[torch.Tensor]:
-    """What loss(x, y) returns, and the gradients of the sum of it, with factors 1, -0.7, 0.4."""
-    x, y = x.clone().requires_grad_(), y.clone().requires_grad_(not only_x)
+def gradients(loss, x: torch.Tensor, y: torch.Tensor, wanted: str = "xy") -> list[torch.Tensor]:
+    """What loss(x, y) returns, and the wanted gradients of the sum of it, with factors 1, -0.7, 0.4."""
+    x, y = x.clone().requires_grad_("x" in wanted), y.clone().requires_grad_("y" in wanted)
     values = torch.atleast_1d(loss(x, y))
     (values * values.new_tensor((1.0, -0.7, 0.4))[: len(values)]).sum().backward()
-    return [values.detach(), x.grad, *([] if only_x else [y.grad])]
+    return [values.detach(), *(v.grad for v in (x, y) if v.requires_grad)]
 
 
 def errors(got: list[torch.Tensor], want: list[torch.Tensor]) -> list[float]:
@@ -65,7 +65,7 @@ def errors(got: list[torch.Tensor], want: list[torch.Tensor]) -> list[float]:
 def mmd_errors(n: int, m: int, d: int, options: dict, device: str = "cpu") -> list[float]:
     """Errors of kernel_means by Triton, and of its gradients, against float64."""
     options = {"bandwidths": (1.0, 2.0, 4.0)} | options
-    only_x = options.pop("only_x", False)
+    wanted = options.pop("wanted", "xy")
 
     def means(road: str):
         return lambda x, y: torch.stack(mmd_gan.kernel_means(x, y, road=road, **options))
@@ -73,7 +73,7 @@ def mmd_errors(n: int, m: int, d: int, options: dict, device: str = "cpu") -> li
     x, y = points(n, m, d, device)
     road = "dense" if n * m < 2**24 else "tiled"
     return errors(
-        gradients(means("triton"), x, y, only_x), gradients(means(road), x.double(), y.double(), only_x)
+        gradients(means("triton"), x, y, wanted), gradients(means(road), x.double(), y.double(), wanted)
     )
 
 
@@ -81,7 +81,7 @@ def sinkhorn_errors(n: int, m: int, d: int, options: dict, device: str = "cpu") 
     """Errors of sinkhorn_divergence by Triton, and of its gradients, against float64."""
     x, y = points(n, m, d, device)
     options = options.copy()
-    only_x = options.pop("only_x", False)
+    wanted = options.pop("wanted", "xy")
     eps = options.pop("eps", 0.4) * float(sinkhorn_gan.mean_cost(x, y, options.get("cost", "euclidean")))
     eps = eps or 1.0
     weights = [torch.arange(1.0, k + 1, device=device) for k in (n, m)]
@@ -95,8 +95,8 @@ def sinkhorn_errors(n: int, m: int, d: int, options: dict, device: str = "cpu") 
         return loss
 
     road = "dense" if n * m < 2**24 else "blocked"
-    want = gradients(divergence(road, 1e-7), x.double(), y.double(), only_x)
-    return errors(gradients(divergence("triton", 1e-4), x, y, only_x), want)
+    want = gradients(divergence(road, 1e-7), x.double(), y.double(), wanted)
+    return errors(gradients(divergence("triton", 1e-4), x, y, wanted), want)
 
 
 CASES = {"mmd": (MMD, mmd_errors, 1e-5), "sinkhorn": (SINKHORN, sinkhorn_errors, 1e-3)}
@@ -233,10 +233,10 @@ def test_cuda_is_deterministic_and_keeps_no_matrix():
         lambda x, y: mmd_gan.mmd2(x, y, (4.0, 8.0)),
         lambda x, y: sinkhorn_gan.sinkhorn_divergence(x, y, 5.0),
     ):
-        first = gradients(loss, x, y, False)
+        first = gradients(loss, x, y)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        assert all(torch.equal(p, q) for p, q in zip(first, gradients(loss, x, y, False)))
+        assert all(torch.equal(p, q) for p, q in zip(first, gradients(loss, x, y)))
         assert torch.cuda.max_memory_allocated() - before < 100e6  # the matrix has 800 MB
 
 
