@@ -245,7 +245,7 @@ class Classifier(nn.Module):
 
         def layer(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> tuple:
             conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-            return conv, nn.BatchNorm2d(outputs), nn.LeakyReLU(0.1)
+            return conv, nn.BatchNorm2d(outputs), nn.LeakyReLU(0.1, inplace=True)
 
         c = channels
         body = nn.Sequential(
