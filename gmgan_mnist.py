@@ -701,14 +701,19 @@ def cluster_images(
 
 
 def cluster_scores(labels: Tensor, found: Tensor) -> tuple[float, float]:
-    """Accuracy of clusters found (n,) for labels (n,) after the best matching of clusters to classes, each to
-    at most one, and their normalised mutual information 2 I(y; k) / (H(y) + H(k))."""
+    """Accuracy of clusters found (n,) for labels (n,) after the best matching of clusters to classes, and
+    their normalised mutual information 2 I(y; k) / (H(y) + H(k)).
+
+    Up to as many clusters as classes are matched to one class each, and no two to the same. Of more clusters
+    each is matched to its commonest class, which flatters a large number of them.
+    """
     from scipy.optimize import linear_sum_assignment
 
     labels, found = labels.cpu(), found.cpu()
     c, k = int(labels.max()) + 1, int(found.max()) + 1
     table = (labels * k + found).bincount(minlength=c * k).view(c, k).double() / len(labels)
-    matched = table[linear_sum_assignment(table, maximize=True)].sum().item()
+    best = table.amax(0) if k > c else table[linear_sum_assignment(table, maximize=True)]
+    matched = best.sum().item()
     entropy_y, entropy_k, entropy = (-torch.xlogy(p, p).sum() for p in (table.sum(1), table.sum(0), table))
     total = (entropy_y + entropy_k).item()
     return matched, (2 * (total - entropy) / total).item() if total else 1.0
