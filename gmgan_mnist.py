@@ -447,7 +447,11 @@ def check_logits(l_real: Tensor, l_fake: Tensor) -> None:
 
 
 def penalised_backward(
-    discriminator: nn.Sequential, x: Tensor, loss: Callable[[Tensor], Tensor], weight: float
+    discriminator: nn.Sequential,
+    x: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    weight: float,
+    affine: tuple[type[nn.Module], ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """Write the gradients of  loss(D(x)) + weight mean_i |grad D(x_i)|^2  to the .grad of D's parameters.
 
@@ -458,11 +462,12 @@ def penalised_backward(
         sum_i c_i D(x_i) + <u_i, grad D(x_i)>,
     which is what D makes of c_i x_i + u_i with biases times c_i and each unit's slope as at x_i. So a layer's
     gradient follows from its input in that pass and from dD/d(its output), which grad D has made already:
-    four passes, where autograd needs six. Raises TypeError for layers of other kinds or in place; batch
-    normalisation, for one, would make a logit depend on other samples.
+    four passes, where autograd needs six. affine are classes of affine layers beside torch's own. Raises
+    TypeError for layers of other kinds or in place: batch normalisation, for one, would make a logit depend
+    on other samples.
     """
     bent = (nn.ReLU, nn.LeakyReLU)
-    known = (nn.Linear, nn.Conv2d, nn.Flatten, Affine, *bent)
+    known = (nn.Linear, nn.Conv2d, nn.Flatten, *affine, *bent)
     for layer in discriminator:
         if type(layer) not in known or getattr(layer, "inplace", False):
             raise TypeError(f"layers must be {', '.join(k.__name__ for k in known)}, not in place: {layer}")
@@ -1221,7 +1226,8 @@ def train(args: Args) -> Path:
         # The discriminator tells real from fake, and keeps its slope low at both.
         both, scalars = torch.cat((real, fake.detach())), {}
         if args.gamma:
-            loss_discriminator, slopes = penalised_backward(discriminator, both, of_pairs, args.gamma)
+            options = {"loss": of_pairs, "weight": args.gamma, "affine": (Affine,)}
+            loss_discriminator, slopes = penalised_backward(discriminator, both, **options)
             opt_discriminator.step()
             scalars = {"r1": slopes[: len(real)].mean(), "r2": slopes[len(real) :].mean()}
         else:

@@ -19,6 +19,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import gmgan_mnist
 from gmgan_mnist import (
+    Affine,
     Args,
     Mixture,
     average,
@@ -257,11 +258,11 @@ def test_penalised_gradients_against_autograd(loss, arch, weight):
     x = torch.randn(6, 1, 28, 28, dtype=torch.float64)
     of_pairs = lambda logits: loss(*logits.chunk(2))[0]  # noqa: E731
     value, slopes, expected = reference(discriminator, x, of_pairs, weight)
-    found = penalised_backward(discriminator, x, of_pairs, weight)
+    found = penalised_backward(discriminator, x, of_pairs, weight, (Affine,))
     torch.testing.assert_close(found, (value, slopes))
     assert (slopes > 0).all() and slopes.std() > 1e-3 * slopes.mean() and not x.requires_grad
     torch.testing.assert_close([p.grad for p in discriminator.parameters()], expected, atol=1e-12, rtol=1e-9)
-    penalised_backward(discriminator, x, of_pairs, weight)  # writes and does not add
+    penalised_backward(discriminator, x, of_pairs, weight, (Affine,))  # writes and does not add
     torch.testing.assert_close([p.grad for p in discriminator.parameters()], expected, atol=1e-12, rtol=1e-9)
 
 
@@ -498,7 +499,11 @@ def test_every_option(options, tiny, light, monkeypatch):
     calls = []
     for name in ("relativistic_losses", "non_saturating_losses", "penalised_backward"):
         function = getattr(gmgan_mnist, name)
-        called = lambda *a, name=name, function=function: calls.append(name) or function(*a)  # noqa: E731
+
+        def called(*args, name=name, function=function, **options):
+            calls.append(name)
+            return function(*args, **options)
+
         monkeypatch.setattr(gmgan_mnist, name, called)
     args = tiny(num_steps=3, num_eval_samples=0, **options)
     folder = main(args)
@@ -539,13 +544,13 @@ def test_half_of_gamma_weighs_each_penalty(tiny, light, monkeypatch):
     """The discriminator descends on its loss and on gamma / 2 of R1 and of R2, which are logged."""
     seen = []
 
-    def checked(discriminator, x, loss, weight):
+    def checked(discriminator, x, loss, weight, affine):
         model, points = copy.deepcopy(discriminator), x.clone().requires_grad_()
         logits = model(points).squeeze(1)
         (grad,) = torch.autograd.grad(logits.sum(), points, create_graph=True)
         r1, r2 = (half.flatten(1).square().sum(1).mean() for half in grad.chunk(2))
         (relativistic_losses(*logits.chunk(2))[0] + 1000 * (r1 + r2)).backward()
-        found = penalised_backward(discriminator, x, loss, weight)
+        found = penalised_backward(discriminator, x, loss, weight, affine)
         grads = ([p.grad for p in network.parameters()] for network in (discriminator, model))
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
         seen.append((r1.item(), r2.item()))

@@ -166,6 +166,19 @@ def test_ruff(command):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_loss_section_can_be_copied_away(name):
+    """With the imports at the file's top, and nothing else, every name in it is known."""
+    pytest.importorskip("ruff")
+    head, *sections = re.split(r"(?m)^# -{20,}\n", (ROOT / name).read_text(encoding="utf-8"))
+    imports = head[head.index("\nimport ") : head.index("\nSCRIPT = ")]
+    losses = [section for section in sections if section.startswith("# Loss\n")]
+    assert len(losses) == (name != "baseline_cnn.py")  # whose loss is torch's
+    command = ("-m", "ruff", "check", "--isolated", "--no-cache", "--select", "F821", "-")
+    result = python(*command, input=imports + "".join(losses))
+    assert result.returncode == 0, result.stdout
+
+
 # README
 
 OUTPUTS = ["args.json", "metrics.jsonl", "samples.png", "curves.png", "checkpoint.pt", "results.json"]
