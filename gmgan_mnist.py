@@ -23,7 +23,7 @@ classifier trained on generated pairs (x, k) then clusters real images without a
     Azadi et al. 2019              discriminator rejection sampling: --drs                    1810.06758
     Huang et al. 2024              R3GAN: the relativistic loss and its penalties             2501.05441
 
-    python gmgan_mnist.py                                                  # MNIST, 10 trained components
+    python gmgan_mnist.py                                                  # MNIST, 20 trained components
     python gmgan_mnist.py --dataset digits                                 # no download
     python gmgan_mnist.py --latent normal --loss non-saturating --gamma 0  # DCGAN
     python gmgan_mnist.py --init-from runs/<run>                           # a mixture after a plain GAN
@@ -97,7 +97,7 @@ class Args:
 
     latent: Literal["normal", "static", "dynamic"] = "dynamic"
     """one standard Gaussian, a mixture that stays as drawn, or one whose means and covariances train"""
-    num_components: int = 10
+    num_components: int = 20
     """Gaussians in the mixture, K"""
     latent_range: float = 1.0
     """c: the means are drawn uniformly from [-c, c]^d"""
