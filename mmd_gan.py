@@ -91,7 +91,7 @@ class Args:
     """ask torch for deterministic algorithms where it has them"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where to train; auto takes CUDA, then MPS, then the CPU"""
-    compile: bool = True
+    compile: bool = False
     """on CUDA: record a training step as a CUDA graph and replay it; elsewhere nothing"""
     track: bool = False
     """log to Weights & Biases as well"""

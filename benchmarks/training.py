@@ -5,7 +5,7 @@
     python benchmarks/training.py --scripts wgan_gp mmd_gan --steps 5 --rounds 3    # to see that it runs
 
 A row is a script's own train() with its defaults and no evaluation; on CUDA there is one more for
---no-compile, where the script has it. The copied loop beside it has the networks, batch sizes, updates and
+--compile, where the script has it. The copied loop beside it has the networks, batch sizes, updates and
 losses of the script, and for the rest does as PyTorch-GAN (github.com/eriklindernoren/PyTorch-GAN) does:
 
 - a DataLoader without workers over torchvision's data set: PIL, Resize, ToTensor, Normalize, for each image;
@@ -21,7 +21,7 @@ The copied sgan_mnist keeps the script's augmentation, joint passes and averaged
 
 Times: a round is --steps of the script, then as many of the copied loop, so that a machine that drifts hits
 both alike. The table has the medians of the rounds and their quartiles, and of the ratio of both in a round.
-Shares of the script's step are from another pass, with --no-compile: data (drawing, scaling, augmentation),
+Shares of the script's step are from another pass, without --compile: data (drawing, scaling, augmentation),
 backward (with all of gmgan_mnist's penalised_backward), optimizer (with the averages), and loss, which is all
 the rest: forward passes, losses, and the gradient inside a penalty.
 """
@@ -541,14 +541,13 @@ def measure_shares(name: Script, settings, args: Args) -> dict[str, float]:
 def measure(name: Script, args: Args) -> Iterator[list[str]]:
     """The table's rows for a script."""
     compiles = args.device == "cuda" and "compile" in import_module(name).Args.__dataclass_fields__
-    eager = {"compile": False}  # which is left away where a script does not have it
-    for options in ({}, eager) if compiles else (eager,):
+    for options in ({"compile": True}, {}) if compiles else ({},):
         ours, copied = time_rounds(name, script_args(name, args, **options), args)
-        cells = [f"{name} --no-compile" if compiles and options else name]
+        cells = [f"{name} --compile" if options else name]
         for values, digits in ((ours, 1), (copied, 1), (ours / copied, 2)):
             low, median, high = (f"{v:.{digits}f}" for v in np.quantile(values, (0.25, 0.5, 0.75)))
             cells += [median, f"{low} to {high}"]
-        shares = measure_shares(name, script_args(name, args, **eager), args) if options else {}
+        shares = {} if options else measure_shares(name, script_args(name, args), args)
         yield cells + [f"{shares[part]:.0%}" if shares else "-" for part in PARTS]
 
 

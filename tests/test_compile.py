@@ -322,11 +322,11 @@ def test_a_resumed_run_may_change_it(name, monkeypatch):
 def test_graphs_take_the_same_steps(name, run, monkeypatch, capsys, run_name, tmp_path):
     """As plain steps do, after a resume too; and a checkpoint of one device goes on on the other."""
     script = importlib.import_module(RUNS[name][0])
-    straight = losses(run(name, "--device", "cuda", "--no-compile"))
+    straight = losses(run(name, "--device", "cuda"))
     # Gradients of turned images are sums in no fixed order, which Adam's first steps enlarge.
     rel = 1e-3 if name in ("sgan", "cyclegan") else 1e-5
     expected = [pytest.approx(line, rel=rel, abs=rel / 10) for line in straight]
-    assert losses(run(name, "--device", "cuda")) == expected
+    assert losses(run(name, "--device", "cuda", "--compile")) == expected
 
     class Stopping(script.Recorded):
         def __call__(self, *kind):
@@ -338,7 +338,7 @@ def test_graphs_take_the_same_steps(name, run, monkeypatch, capsys, run_name, tm
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(script, "Recorded", Stopping)
         folder = f"stopped-{run_name()}"
-        run(name, "--device", "cuda", "--exp-name", folder)
+        run(name, "--device", "cuda", "--compile", "--exp-name", folder)
     (folder,) = tmp_path.glob(f"{folder}__*")
     assert losses(script.main(script.Args(resume=str(folder), device="cuda"))) == expected
     assert "no CUDA graph" not in capsys.readouterr().err
