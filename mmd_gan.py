@@ -440,7 +440,8 @@ def kernel_means(
         raise ValueError(f"road {road!r} has no gradient for bandwidths and weights; use 'dense' or 'auto'")
     mix = (tuple(v.tolist() if isinstance(v, Tensor) else v) for v in (bandwidths, weights))
     means = TritonMeans if takes_triton(x, road) else TiledMeans
-    return means.apply(x, y, *mix, kernel, unbiased, bounds)
+    with torch.cuda.device_of(x):  # Triton takes the current one
+        return means.apply(x, y, *mix, kernel, unbiased, bounds)
 
 
 def mmd2(x: Tensor, y: Tensor, bandwidths: tuple[float, ...] | Tensor, **options) -> Tensor:
@@ -853,17 +854,35 @@ def mixture_table(bandwidths: tuple, weights: tuple, kernel: str, device: torch.
 def takes_triton(x: Tensor, road: str) -> bool:
     """Whether Triton's kernels are to run: where they can, for float32 on CUDA, or if the road says so.
 
-    Where Triton is missing, or has no such device, it warns, and another road gives the same numbers.
+    Where Triton is missing, fails, or has no such device, it warns, and another road gives the same numbers.
     """
     if road != "triton" and not (road == "auto" and x.is_cuda and x.dtype == torch.float32):
         return False
-    lacks = "Triton is not installed" if find_spec("triton") is None else ""
+    lacks = "" if x.dtype == torch.float32 else f"Triton's kernels take float32, not {x.dtype}"
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         lacks = f"Triton has no {x.device.type}"
-    lacks = lacks or ("" if x.dtype == torch.float32 else f"Triton's kernels take float32, not {x.dtype}")
-    if lacks:
+    if lacks := lacks or triton_lacks(x.device):
         warnings.warn(f"{lacks}; the loss takes a slower road", stacklevel=3)
     return not lacks
+
+
+@cache
+def triton_lacks(device: torch.device) -> str:
+    """Why Triton cannot be used on a device, as by its first kernel there; nothing if it can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        import triton
+
+        @triton.jit
+        def nothing(x):
+            pass
+
+        with torch.cuda.device_of(x := torch.zeros(1, device=device)):
+            nothing[(1,)](x)
+    except Exception as error:  # no C compiler, for one, or a GPU that is too old
+        return f"Triton fails ({error!r:.200})"
+    return ""
 
 
 def dot_precision(x: Tensor) -> str:

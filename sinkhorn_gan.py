@@ -652,7 +652,8 @@ def transport(x, y, eps, a, b, tol, max_iterations, road, start=None, need=(Fals
     """
     same = x is y and start is None and (a is b or torch.equal(a, b))
     if takes_triton(x, road):
-        return triton_transport(x, y, eps, a, b, tol, max_iterations, start, need, same)
+        with torch.cuda.device_of(x):  # Triton takes the current one
+            return triton_transport(x, y, eps, a, b, tol, max_iterations, start, need, same)
     eps = float(eps)
     mean_x, mean_y = a @ x, b @ y
     x, y, t = x - mean_x, y - mean_y, mean_x - mean_y
@@ -1054,17 +1055,35 @@ def triton_transport(x, y, eps, a, b, tol, max_iterations, start, need, same) ->
 def takes_triton(x: Tensor, road: str) -> bool:
     """Whether Triton's kernels are to run: where they can, for float32 on CUDA, or if the road says so.
 
-    Where Triton is missing, or has no such device, it warns, and another road gives the same numbers.
+    Where Triton is missing, fails, or has no such device, it warns, and another road gives the same numbers.
     """
     if road != "triton" and not (road == "auto" and x.is_cuda and x.dtype == torch.float32):
         return False
-    lacks = "Triton is not installed" if find_spec("triton") is None else ""
+    lacks = "" if x.dtype == torch.float32 else f"Triton's kernels take float32, not {x.dtype}"
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         lacks = f"Triton has no {x.device.type}"
-    lacks = lacks or ("" if x.dtype == torch.float32 else f"Triton's kernels take float32, not {x.dtype}")
-    if lacks:
+    if lacks := lacks or triton_lacks(x.device):
         warnings.warn(f"{lacks}; the loss takes a slower road", stacklevel=3)
     return not lacks
+
+
+@cache
+def triton_lacks(device: torch.device) -> str:
+    """Why Triton cannot be used on a device, as by its first kernel there; nothing if it can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        import triton
+
+        @triton.jit
+        def nothing(x):
+            pass
+
+        with torch.cuda.device_of(x := torch.zeros(1, device=device)):
+            nothing[(1,)](x)
+    except Exception as error:  # no C compiler, for one, or a GPU that is too old
+        return f"Triton fails ({error!r:.200})"
+    return ""
 
 
 def dot_precision(x: Tensor) -> str:

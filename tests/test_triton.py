@@ -190,6 +190,30 @@ def test_without_cuda_another_road_gives_the_same_with_one_warning(loss, monkeyp
     assert "Triton has no cpu" in str(warning.message)
 
 
+@pytest.mark.parametrize("module", [mmd_gan, sinkhorn_gan], ids=["mmd", "sinkhorn"])
+@pytest.mark.parametrize("what", ["missing", "failing"])
+def test_where_triton_cannot_run_another_road_does(module, what, monkeypatch):
+    """As on a machine without a C compiler, where the first kernel says so."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # else it would look no further on the CPU
+    if what == "missing":
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr("triton.jit", lambda kernel: {(1,): fails})
+    module.triton_lacks.cache_clear()
+    try:
+        with pytest.warns(UserWarning) as caught:
+            assert not module.takes_triton(torch.zeros(2, 2), "triton")
+        (warning,) = caught
+        said = "Triton is not installed" if what == "missing" else "Failed to find C compiler"
+        assert said in str(warning.message) and "slower road" in str(warning.message)
+    finally:
+        module.triton_lacks.cache_clear()
+
+
+def fails(x):
+    raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+
 def test_auto_says_nothing_on_the_cpu():
     x, y = points(6, 7, 3)
     with warnings.catch_warnings():
