@@ -189,30 +189,30 @@ def fail(message: str) -> NoReturn:
 # Data
 
 
-def load_domain(domain: str, data_dir: str, eval_split: str, usps_size: int) -> list[Tensor]:
+def load_domain(
+    domain: str, data_dir: str, eval_split: str, usps_size: int, run_dir: str | None = None
+) -> list[Tensor]:
     """Training and evaluation images (n, 28, 28) uint8 and labels (n,) int64: x, y, x_eval, y_eval.
 
     "mnist" and "usps" are read in torchvision's layout, and downloaded if they are not there; USPS is scaled
     and framed by frame_usps. With eval_split "validation" the last sixth of the training images is the
-    evaluation part, and the test images are not touched.
+    evaluation part, and the test images are not touched. USPS is 18 MB of text that take seconds to unpack
+    and read: its images are kept in run_dir, if that is given, under the hash of their files.
     """
-    from torchvision import datasets
-
     if domain == "mnist":
-        make, folder, side, kind = datasets.MNIST, Path(data_dir) / "MNIST" / "raw", 28, "IDX"
+        folder, side, kind = Path(data_dir) / "MNIST" / "raw", 28, "IDX"
         files = [f"{a}-{b}-ubyte" for a in ("train", "t10k") for b in ("images-idx3", "labels-idx1")]
     else:
-        make, folder, side, kind = datasets.USPS, Path(data_dir), 16, "bz2"
+        folder, side, kind = Path(data_dir), 16, "bz2"
         files = ["usps.bz2", "usps.t.bz2"]
     present = all((folder / file).is_file() for file in files)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            sets = [make(data_dir, train=train, download=not present) for train in (True, False)]
-        parts = [torch.as_tensor(v) for s in sets for v in (s.data, s.targets)]
-        for images, labels in (parts[:2], parts[2:]):
-            fits = images.shape == (len(labels), side, side) and len(labels)
-            if not fits or labels.min() < 0 or labels.max() > 9:
-                raise ValueError(f"images {tuple(images.shape)}, labels {tuple(labels.shape)}")
+        if domain == "usps" and present and run_dir:
+            packed = hashlib.sha256(b"".join((folder / file).read_bytes() for file in files)).hexdigest()
+            kept = Path(run_dir) / f"usps__{packed[:12]}.pt"
+            parts = remembered(kept, partial(read_domain, domain, data_dir, side, download=False))
+        else:
+            parts = read_domain(domain, data_dir, side, download=not present)
     except Exception as error:
         if present:
             damaged = f"{folder} holds damaged files ({error!r:.200})"
@@ -228,6 +228,33 @@ def load_domain(domain: str, data_dir: str, eval_split: str, usps_size: int) -> 
     if domain == "usps":
         x, x_eval = frame_usps(x, usps_size), frame_usps(x_eval, usps_size)
     return [x, y.long(), x_eval, y_eval.long()]
+
+
+def read_domain(domain: str, data_dir: str, side: int, download: bool) -> list[Tensor]:
+    """torchvision's images (n, side, side) uint8 and labels (n,) for training, and those of the test set."""
+    from torchvision import datasets
+
+    make = datasets.MNIST if domain == "mnist" else datasets.USPS
+    with contextlib.redirect_stdout(io.StringIO()):
+        sets = [make(data_dir, train=train, download=download) for train in (True, False)]
+    parts = [torch.as_tensor(v) for s in sets for v in (s.data, s.targets)]
+    for images, labels in (parts[:2], parts[2:]):
+        fits = images.shape == (len(labels), side, side) and len(labels)
+        if not fits or labels.min() < 0 or labels.max() > 9:
+            raise ValueError(f"images {tuple(images.shape)}, labels {tuple(labels.shape)}")
+    return parts
+
+
+def remembered(path: Path, read: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """What read() returns, from the file that an earlier run has left if it is there and whole."""
+    try:
+        return torch.load(path, weights_only=True)["parts"]
+    except Exception:  # not there yet, or damaged
+        parts = read()
+    with contextlib.suppress(OSError):  # else it is read again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, {"parts": parts})
+    return parts
 
 
 def frame_usps(images: Tensor, size: int) -> Tensor:
@@ -247,7 +274,7 @@ def frame_usps(images: Tensor, size: int) -> Tensor:
 
 def load_domains(args: Args, device: torch.device) -> dict[str, list[Tensor]]:
     """x, y, x_eval, y_eval of both domains, images (n, 28, 28) uint8, on the device."""
-    where = args.data_dir, args.eval_split, args.usps_size
+    where = args.data_dir, args.eval_split, args.usps_size, args.run_dir
     return {name: [v.to(device) for v in load_domain(name, *where)] for name in ("mnist", "usps")}
 
 

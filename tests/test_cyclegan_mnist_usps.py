@@ -301,6 +301,33 @@ def test_validation_leaves_the_test_images_alone(name, n, tiny_mnist):
     assert torch.equal(torch.cat(parts[::2]), x) and torch.equal(torch.cat(parts[1::2]), y)
 
 
+def test_usps_is_unpacked_once(tiny_mnist, tmp_path, monkeypatch):
+    """From then on its images come from the run folder, unless that is damaged or the files are others."""
+    data, runs = tmp_path / "data", tmp_path / "runs"
+    shutil.copytree(tiny_mnist, data)
+    read, calls = script.read_domain, []
+    monkeypatch.setattr(script, "read_domain", lambda *args, **kw: calls.append(args) or read(*args, **kw))
+
+    def load(split="test"):
+        parts = load_domain("usps", str(data), split, 20, str(runs))
+        plain = load_domain("usps", str(data), split, 20)
+        assert all(torch.equal(a, b) for a, b in zip(parts, plain, strict=True))
+        times = len(calls) - 1  # but for the plain one
+        calls.clear()
+        return times
+
+    assert load() == 1
+    (kept,) = runs.glob("usps__*.pt")
+    assert load() == load("validation") == 0
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert load() == 1 and load() == 0
+    (data / "usps.bz2").write_bytes((data / "usps.t.bz2").read_bytes())
+    assert load() == 1 and load() == 0 and len(list(runs.glob("usps__*.pt"))) == 2
+    runs = tmp_path / "file"
+    runs.touch()  # nowhere to keep it
+    assert load() == load() == 1
+
+
 @pytest.mark.parametrize("size", [16, 20, 21, 28])
 def test_frame(size):
     images = torch.full((2, 16, 16), 200, dtype=torch.uint8)
