@@ -123,9 +123,7 @@ class Args:
     gamma: float = 0.2
     """half of it weighs the squared gradients of the discriminator at real samples, half at fake ones"""
     lr_generator: float = 2e-3
-    """Adam's learning rate for the generator"""
-    lr_mixture: float = 2e-3
-    """Adam's learning rate for the mixture, where it trains"""
+    """Adam's learning rate for the generator and the mixture, where it trains"""
     lr_discriminator: float = 2e-3
     """Adam's learning rate for the discriminator"""
     beta1: float = 0.0
@@ -169,7 +167,7 @@ class Args:
             self.eval_every = math.ceil(self.num_steps / 5) if self.eval_every is None else self.eval_every
         above_zero = "num_components num_steps latent_dim channels eval_every log_every"
         limits = dict.fromkeys(above_zero.split(), (1, math.inf)) | {"seed": (0, 2**32 - 1)}
-        limits |= dict.fromkeys(("lr_generator", "lr_mixture", "lr_discriminator", "sigma"), (1e-12, 1e38))
+        limits |= dict.fromkeys(("lr_generator", "lr_discriminator", "sigma"), (1e-12, 1e38))
         limits |= dict.fromkeys(("ema_decay", "lr_decay"), (0, 1)) | {"beta1": (0, 0.999999)}
         not_negative = "latent_range gamma generate num_eval_samples truncation component"
         limits |= dict.fromkeys(not_negative.split(), (0, 1e38)) | {"drs_percentile": (0, 100)}
@@ -187,7 +185,7 @@ class Args:
         idle = {} if self.generate else dict.fromkeys(sampling.split(), "--generate")
         idle |= {} if self.drs or not self.generate else {"drs_percentile": "--drs"}
         if not self.resume and self.latent != "dynamic":
-            idle |= dict.fromkeys(("covariance", "lr_mixture"), "--latent dynamic")
+            idle["covariance"] = "--latent dynamic"
         if not self.resume and self.latent == "normal":
             idle |= dict.fromkeys(("num_components", "latent_range", "sigma"), "--latent static or dynamic")
         for name, use in idle.items():
@@ -815,6 +813,8 @@ def load_checkpoint(path: Path, script: str) -> dict:
         fail(f"checkpoint {path} comes from {other or 'another program'}, not from {script}")
     if missing := {"args", "step", "seconds", "rng", "averaged"} - state.keys():
         fail(f"checkpoint {path} is damaged: it has no {', '.join(sorted(missing))}")
+    if unknown := state["args"].keys() - Args.__dataclass_fields__.keys():
+        fail(f"checkpoint {path} is of another version: this {script} has no {', '.join(sorted(unknown))}")
     return state
 
 
@@ -1192,8 +1192,7 @@ def train(args: Args) -> Path:
     evaluation = ImageEvaluation(args, x, [y, x_eval, y_eval])
 
     adam = partial(torch.optim.Adam, betas=(args.beta1, 0.99), fused=True)
-    trained = [network for network in (generator, mixture) if [*network.parameters()]]
-    opt_generator = adam([{"params": [*network.parameters()]} for network in trained])
+    opt_generator = adam([*generator.parameters(), *mixture.parameters()])
     opt_discriminator = adam(discriminator.parameters())
     networks = {"generator": generator, "averaged": averaged, "discriminator": discriminator}
     networks |= {"mixture": mixture, "averaged_mixture": averaged_mixture}
@@ -1205,7 +1204,7 @@ def train(args: Args) -> Path:
 
     def update(optimizer, loss: Tensor) -> None:
         optimizer.zero_grad()
-        loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
+        loss.backward(inputs=optimizer.param_groups[0]["params"])
         optimizer.step()
 
     def evaluate() -> dict:
@@ -1250,7 +1249,7 @@ def train(args: Args) -> Path:
     for _ in run.steps():
         # Learning rates stay, and in the last part of the run fall linearly to zero.
         rate = min(1.0, (args.num_steps + 1 - run.step) / max(1.0, args.lr_decay * args.num_steps))
-        set_rates(opt_generator, args.lr_generator * rate, args.lr_mixture * rate)
+        set_rates(opt_generator, args.lr_generator * rate)
         set_rates(opt_discriminator, args.lr_discriminator * rate)
         scalars = recorded()
         if run.due(args.log_every) or run.due(args.eval_every):

@@ -625,6 +625,8 @@ def load_checkpoint(path: Path, script: str) -> dict:
         fail(f"checkpoint {path} comes from {other or 'another program'}, not from {script}")
     if missing := {"args", "step", "seconds", "rng", "averaged"} - state.keys():
         fail(f"checkpoint {path} is damaged: it has no {', '.join(sorted(missing))}")
+    if unknown := state["args"].keys() - Args.__dataclass_fields__.keys():
+        fail(f"checkpoint {path} is of another version: this {script} has no {', '.join(sorted(unknown))}")
     return state
 
 

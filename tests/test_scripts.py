@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import json
 import re
 import runpy
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import forked
 import pytest
+import torch
 from conftest import ROOT, environment
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
@@ -157,6 +159,25 @@ def test_every_option_has_a_line_of_help(name):
     for field, after in fields:
         text = isinstance(after, ast.Expr) and ast.literal_eval(after.value)
         assert text and "\n" not in text, f"{field.target.id} has no line that explains it"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_checkpoints_that_do_not_fit(name, tmp_path, capsys):
+    """Of another script, without what it needs, or with options that are gone."""
+    script, path = importlib.import_module(name[:-3]), tmp_path / "checkpoint.pt"
+    whole = dict.fromkeys(("step", "seconds", "rng", "averaged"), 0) | {"script": script.SCRIPT}
+    cases = {
+        "comes from another, not from": whole | {"script": "another", "args": {}},
+        "damaged: it has no args": whole,
+        f"of another version: this {script.SCRIPT} has no speed": whole | {"args": {"seed": 1, "speed": 2}},
+    }
+    for message, state in cases.items():
+        torch.save(state, path)
+        with pytest.raises(SystemExit) as stop:
+            script.load_checkpoint(path, script.SCRIPT)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    torch.save(whole | {"args": {"seed": 1}}, path)
+    assert script.load_checkpoint(path, script.SCRIPT)["args"] == {"seed": 1}
 
 
 @pytest.mark.parametrize("command", [("check", "."), ("format", "--check", ".")])
