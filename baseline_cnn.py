@@ -108,6 +108,8 @@ class Args:
             self.num_steps = steps if self.num_steps is None else self.num_steps
             self.eval_every = math.ceil(self.num_steps / 5) if self.eval_every is None else self.eval_every
             self.label_seed = self.seed if self.label_seed is None else self.label_seed
+        if self.resume == "":
+            raise ValueError("--resume must name a run folder")
         above_zero = "num_labels num_steps batch_size channels eval_every log_every"
         limits = dict.fromkeys(above_zero.split(), (1, math.inf)) | {"lr": (1e-12, 1e38), "ema_decay": (0, 1)}
         limits |= dict.fromkeys(("seed", "label_seed"), (0, 2**32 - 1))
@@ -327,6 +329,15 @@ def write_file(path: Path, content: str | bytes | dict) -> None:
     os.replace(beside, path)
 
 
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, if there is one, without any that a crash or a full disk has cut off."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def load_checkpoint(path: Path, script: str) -> dict:
     """A checkpoint of this script, on the CPU. Code in it is not run; what is wrong is said in one line."""
     if not path.is_file():
@@ -396,7 +407,7 @@ def plot_curves(folder: Path) -> None:
     """curves.png: every scalar of metrics.jsonl against the step; none of a run stopped before its first."""
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "metrics.jsonl")
     if not rows:
         return
     names = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list))
@@ -490,11 +501,10 @@ class Run:
         self.metrics_file = self.folder / "metrics.jsonl"
         try:
             self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
-            lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
             # What an interrupted run wrote after its last checkpoint will be written again.
             done = self.step - bool(self.pending)
-            lines = [f"{line}\n" for line in lines if json.loads(line)["step"] <= done]
-            write_file(self.metrics_file, "".join(lines))
+            rows = [row for row in read_rows(self.metrics_file) if row["step"] <= done]
+            write_file(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
             write_file(self.folder / "args.json", json.dumps(vars(args), indent=2))
         except OSError as error:
             fail(f"cannot write the run folder {self.folder} ({error.strerror}); name another with --run-dir")
@@ -504,7 +514,7 @@ class Run:
         self.parts, self.stopped, self.scalars, self.metrics = {}, [], {}, {}
         # All that lacks may be results.json, from the last line of metrics.jsonl.
         if self.step == args.num_steps and not self.pending:
-            last = json.loads(lines[-1]) if lines else {}
+            last = rows[-1] if rows else {}
             if last.get("step") != self.step:
                 fail(f"{self.metrics_file} lacks step {self.step}, the last; go on further with --num-steps")
             names = [*last]
@@ -533,8 +543,17 @@ class Run:
         state["rng_cuda"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state |= {"seconds": self.seconds + time.time() - self.start, "wandb_id": self.wandb_id}
         state |= {"paused": self.checkpoint.get("paused", 0.0) + self.paused, "pending": pending}
-        write_file(self.folder / "checkpoint.pt", state)
+        try:
+            write_file(self.folder / "checkpoint.pt", state)
+        except OSError as error:
+            self.give_up(f"cannot write the checkpoint of step {self.step} ({error.strerror})")
         self.last_saved = self.step
+
+    def give_up(self, why: str) -> NoReturn:
+        """Leave with one line, which names what can be resumed."""
+        self.bar.close()
+        good = f"{self.folder / 'checkpoint.pt'} of step {self.last_saved}" if self.last_saved else "none yet"
+        fail(f"{why}; last good checkpoint: {good}")
 
     def train_seconds(self) -> float:
         """Seconds of training up to now, before a resume too; evaluations do not count."""
@@ -582,14 +601,8 @@ class Run:
             modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
             finite &= all(bool(v.isfinite().all()) for part in modules for v in part.state_dict().values())
         if not finite:
-            self.bar.close()
-            kept = (
-                f"{self.folder / 'checkpoint.pt'} of step {self.last_saved}"
-                if self.last_saved
-                else "none yet"
-            )
-            what = f"the loss is not finite at step {self.step}: {self.scalars}"
-            fail(f"{what}; last good checkpoint: {kept}; try lower learning rates")
+            why = f"the loss is not finite at step {self.step}: {self.scalars}"
+            self.give_up(f"{why}; try lower learning rates")
         if done := self.step - self.first_step:  # the scalars of a pending step have it already
             self.scalars["steps_per_second"] = done / (time.time() - self.start - self.paused)
         row, pictures = {"step": self.step} | self.scalars, {}
@@ -599,8 +612,11 @@ class Run:
             self.metrics = self.evaluate()
             self.paused += time.time() - pause
             row, pictures = row | self.metrics, {"samples": self.folder / "samples.png"}
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            self.give_up(f"cannot write {self.metrics_file} ({error.strerror})")
         self.log_wandb(row, pictures)
         plain = {name: value for name, value in self.metrics.items() if not isinstance(value, list)}
         shown = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in plain.items()}

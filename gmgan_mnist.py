@@ -43,9 +43,9 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
@@ -177,6 +177,8 @@ class Args:
                 bounded = f"in [{low}, {high}]" if high < 1e38 else "finite and at least 0"
                 wanted = "positive" if low > 0 else bounded
                 raise ValueError(f"{option} must be {wanted}, not {value}")
+        if self.resume == "":
+            raise ValueError("--resume must name a run folder")
         if 0 < self.num_eval_samples < 10:
             raise ValueError(f"--num-eval-samples must be 0 or at least 10, not {self.num_eval_samples}")
         if self.batch_size < 2:
@@ -195,6 +197,10 @@ class Args:
             raise ValueError("--drs is calibrated on samples of all components: leave --component away")
         if self.init_from == "":
             raise ValueError("--init-from must name a run folder")
+        for name in ("latent", "num_components", "latent_range", "sigma", "covariance", "init_from"):
+            if self.generate and getattr(self, name) != getattr(Args, name):
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{option} is of the run in --checkpoint: leave it away with --generate")
         if self.measure and min(self.generate, self.num_eval_samples) < 10:
             few = f"--generate {self.generate} and --num-eval-samples {self.num_eval_samples}"
             raise ValueError(f"--measure needs at least 10 samples, not {few}")
@@ -800,6 +806,31 @@ def write_file(path: Path, content: str | bytes | dict) -> None:
     os.replace(beside, path)
 
 
+@contextlib.contextmanager
+def new_folder(name: str) -> Iterator[Path]:
+    """A folder to fill for --out, which takes that name at the end: nobody sees half of it."""
+    out = Path(name)
+    if out.exists():
+        fail(f"--out {out} exists; name a new folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
+            (folder := Path(beside, out.name)).mkdir()
+            yield folder
+            os.replace(folder, out)
+    except OSError as error:
+        fail(f"cannot write --out {out} ({error.strerror}); name a place where you may write")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, if there is one, without any that a crash or a full disk has cut off."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def load_checkpoint(path: Path, script: str) -> dict:
     """A checkpoint of this script, on the CPU. Code in it is not run; what is wrong is said in one line."""
     if not path.is_file():
@@ -869,7 +900,7 @@ def plot_curves(folder: Path) -> None:
     """curves.png: every scalar of metrics.jsonl against the step; none of a run stopped before its first."""
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "metrics.jsonl")
     if not rows:
         return
     names = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list))
@@ -946,11 +977,10 @@ class Run:
         self.metrics_file = self.folder / "metrics.jsonl"
         try:
             self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
-            lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
             # What an interrupted run wrote after its last checkpoint will be written again.
             done = self.step - bool(self.pending)
-            lines = [f"{line}\n" for line in lines if json.loads(line)["step"] <= done]
-            write_file(self.metrics_file, "".join(lines))
+            rows = [row for row in read_rows(self.metrics_file) if row["step"] <= done]
+            write_file(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
             write_file(self.folder / "args.json", json.dumps(vars(args), indent=2))
         except OSError as error:
             fail(f"cannot write the run folder {self.folder} ({error.strerror}); name another with --run-dir")
@@ -960,7 +990,7 @@ class Run:
         self.parts, self.stopped, self.scalars, self.metrics = {}, [], {}, {}
         # All that lacks may be results.json, from the last line of metrics.jsonl.
         if self.step == args.num_steps and not self.pending:
-            last = json.loads(lines[-1]) if lines else {}
+            last = rows[-1] if rows else {}
             if last.get("step") != self.step:
                 fail(f"{self.metrics_file} lacks step {self.step}, the last; go on further with --num-steps")
             names = [*last]
@@ -989,8 +1019,17 @@ class Run:
         state["rng_cuda"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state |= {"seconds": self.seconds + time.time() - self.start, "wandb_id": self.wandb_id}
         state |= {"paused": self.checkpoint.get("paused", 0.0) + self.paused, "pending": pending}
-        write_file(self.folder / "checkpoint.pt", state)
+        try:
+            write_file(self.folder / "checkpoint.pt", state)
+        except OSError as error:
+            self.give_up(f"cannot write the checkpoint of step {self.step} ({error.strerror})")
         self.last_saved = self.step
+
+    def give_up(self, why: str) -> NoReturn:
+        """Leave with one line, which names what can be resumed."""
+        self.bar.close()
+        good = f"{self.folder / 'checkpoint.pt'} of step {self.last_saved}" if self.last_saved else "none yet"
+        fail(f"{why}; last good checkpoint: {good}")
 
     def train_seconds(self) -> float:
         """Seconds of training up to now, before a resume too; evaluations do not count."""
@@ -1038,14 +1077,8 @@ class Run:
             modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
             finite &= all(bool(v.isfinite().all()) for part in modules for v in part.state_dict().values())
         if not finite:
-            self.bar.close()
-            kept = (
-                f"{self.folder / 'checkpoint.pt'} of step {self.last_saved}"
-                if self.last_saved
-                else "none yet"
-            )
-            what = f"the loss is not finite at step {self.step}: {self.scalars}"
-            fail(f"{what}; last good checkpoint: {kept}; try lower learning rates")
+            why = f"the loss is not finite at step {self.step}: {self.scalars}"
+            self.give_up(f"{why}; try lower learning rates")
         if done := self.step - self.first_step:  # the scalars of a pending step have it already
             self.scalars["steps_per_second"] = done / (time.time() - self.start - self.paused)
         row, pictures = {"step": self.step} | self.scalars, {}
@@ -1055,8 +1088,11 @@ class Run:
             self.metrics = self.evaluate()
             self.paused += time.time() - pause
             row, pictures = row | self.metrics, {"samples": self.folder / "samples.png"}
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            self.give_up(f"cannot write {self.metrics_file} ({error.strerror})")
         self.log_wandb(row, pictures)
         plain = {name: value for name, value in self.metrics.items() if not isinstance(value, list)}
         shown = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in plain.items()}
@@ -1158,14 +1194,15 @@ def set_rates(optimizer: torch.optim.Optimizer, *rates: float) -> None:
 
 
 def load_networks(args: Args, generator: nn.Module, averaged: nn.Module, discriminator: nn.Module) -> None:
-    """Give the networks the weights of the run --init-from, whose networks must be of the same kind."""
+    """Give the networks the weights of the run --init-from, of the same kind, trained on the same images."""
     start = load_checkpoint(Path(args.init_from) / "checkpoint.pt", SCRIPT)
-    for name in ("arch", "latent_dim", "channels"):
+    for name in ("dataset", "eval_split", "arch", "latent_dim", "channels"):
         if (theirs := start["args"][name]) != getattr(args, name):
             option = f"--{name.replace('_', '-')}"
             fail(f"--init-from {args.init_from} has {option} {theirs}, and this run {getattr(args, name)}")
     for name, part in {"generator": generator, "averaged": averaged, "discriminator": discriminator}.items():
         part.load_state_dict(start[name])
+    averaged.n_averaged.zero_()  # it forgets as fast as the average of the mixture, which starts anew
 
 
 def train(args: Args) -> Path:
@@ -1270,9 +1307,7 @@ def generate_from_mixture(args: Args) -> Path:
     """Samples of a checkpoint as a folder of PNG files, with their metrics.json if asked for; returns it."""
     if not args.checkpoint or not args.out:
         fail("--generate needs --checkpoint runs/<run>/checkpoint.pt and --out <new folder>")
-    out, checkpoint = Path(args.out), load_checkpoint(Path(args.checkpoint), SCRIPT)
-    if out.exists():
-        fail(f"--out {out} exists; name a new folder")
+    checkpoint = load_checkpoint(Path(args.checkpoint), SCRIPT)
     device, made = pick_device(args.device), Args(**checkpoint["args"])
     if args.component is not None and made.latent == "normal":
         fail(f"--component {args.component}: {args.checkpoint} has the normal latent, without components")
@@ -1304,30 +1339,23 @@ def generate_from_mixture(args: Args) -> Path:
         samples = draw_mixture_samples(averaged, mixture, count, **options)
         return to_float(((samples.squeeze(1) + 1) * 127.5).round().to(torch.uint8))
 
-    if args.drs:
-        left_out = max(2, len(x) // HELD_OUT)
-        calibrated = calibrate(discriminator, x[left_out:], x[:left_out], draw, args.seed)
-        samples, share = reject_samples(draw, calibrated, args.generate, args.drs_percentile, rng)
-        how |= {"drs_percentile": args.drs_percentile, "drs_accepted": share}
-    else:
-        samples = draw(args.generate)
-    pixels = ((samples.squeeze(1) + 1) * 127.5).round().to(torch.uint8)
-    if args.measure:
-        metrics = evaluation(pixels) | evaluation.facts | how
-        print("\n".join(f"{name:>20}  {value}" for name, value in metrics.items()))
-    beside = out.with_name(out.name + ".tmp")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+    with new_folder(args.out) as folder:
+        if args.drs:
+            left_out = max(2, len(x) // HELD_OUT)
+            calibrated = calibrate(discriminator, x[left_out:], x[:left_out], draw, args.seed)
+            samples, share = reject_samples(draw, calibrated, args.generate, args.drs_percentile, rng)
+            how |= {"drs_percentile": args.drs_percentile, "drs_accepted": share}
+        else:
+            samples = draw(args.generate)
+        pixels = ((samples.squeeze(1) + 1) * 127.5).round().to(torch.uint8)
         if args.measure:
-            write_file(beside / "metrics.json", json.dumps(metrics, indent=2))
-        for i, image in enumerate(tqdm(pixels.cpu().numpy(), desc=str(out), disable=None)):
-            Image.fromarray(image).save(beside / f"{i:06d}.png")
-        os.replace(beside, out)
-    except OSError as error:
-        fail(f"cannot write --out {out} ({error.strerror}); name a place where you may write")
-    print(f"{args.generate} samples in {out}")
-    return out
+            metrics = evaluation(pixels) | evaluation.facts | how
+            print("\n".join(f"{name:>20}  {value}" for name, value in metrics.items()))
+            write_file(folder / "metrics.json", json.dumps(metrics, indent=2))
+        for i, image in enumerate(tqdm(pixels.cpu().numpy(), desc=args.out, disable=None)):
+            Image.fromarray(image).save(folder / f"{i:06d}.png")
+    print(f"{args.generate} samples in {args.out}")
+    return Path(args.out)
 
 
 def main(args: Args) -> Path:

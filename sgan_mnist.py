@@ -44,9 +44,9 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
@@ -172,6 +172,8 @@ class Args:
                 bounded = f"in [{low}, {high}]" if high < 1e38 else "finite and at least 0"
                 wanted = "positive" if low > 0 else bounded
                 raise ValueError(f"{option} must be {wanted}, not {value}")
+        if self.resume == "":
+            raise ValueError("--resume must name a run folder")
         if 0 < self.num_eval_samples < 10:
             raise ValueError(f"--num-eval-samples must be 0 or at least 10, not {self.num_eval_samples}")
         if not self.generate and (self.checkpoint, self.out) != (None, None):
@@ -612,6 +614,31 @@ def write_file(path: Path, content: str | bytes | dict) -> None:
     os.replace(beside, path)
 
 
+@contextlib.contextmanager
+def new_folder(name: str) -> Iterator[Path]:
+    """A folder to fill for --out, which takes that name at the end: nobody sees half of it."""
+    out = Path(name)
+    if out.exists():
+        fail(f"--out {out} exists; name a new folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
+            (folder := Path(beside, out.name)).mkdir()
+            yield folder
+            os.replace(folder, out)
+    except OSError as error:
+        fail(f"cannot write --out {out} ({error.strerror}); name a place where you may write")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, if there is one, without any that a crash or a full disk has cut off."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def load_checkpoint(path: Path, script: str) -> dict:
     """A checkpoint of this script, on the CPU. Code in it is not run; what is wrong is said in one line."""
     if not path.is_file():
@@ -681,7 +708,7 @@ def plot_curves(folder: Path) -> None:
     """curves.png: every scalar of metrics.jsonl against the step; none of a run stopped before its first."""
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "metrics.jsonl")
     if not rows:
         return
     names = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list))
@@ -775,11 +802,10 @@ class Run:
         self.metrics_file = self.folder / "metrics.jsonl"
         try:
             self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
-            lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
             # What an interrupted run wrote after its last checkpoint will be written again.
             done = self.step - bool(self.pending)
-            lines = [f"{line}\n" for line in lines if json.loads(line)["step"] <= done]
-            write_file(self.metrics_file, "".join(lines))
+            rows = [row for row in read_rows(self.metrics_file) if row["step"] <= done]
+            write_file(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
             write_file(self.folder / "args.json", json.dumps(vars(args), indent=2))
         except OSError as error:
             fail(f"cannot write the run folder {self.folder} ({error.strerror}); name another with --run-dir")
@@ -789,7 +815,7 @@ class Run:
         self.parts, self.stopped, self.scalars, self.metrics = {}, [], {}, {}
         # All that lacks may be results.json, from the last line of metrics.jsonl.
         if self.step == args.num_steps and not self.pending:
-            last = json.loads(lines[-1]) if lines else {}
+            last = rows[-1] if rows else {}
             if last.get("step") != self.step:
                 fail(f"{self.metrics_file} lacks step {self.step}, the last; go on further with --num-steps")
             names = [*last]
@@ -818,8 +844,17 @@ class Run:
         state["rng_cuda"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state |= {"seconds": self.seconds + time.time() - self.start, "wandb_id": self.wandb_id}
         state |= {"paused": self.checkpoint.get("paused", 0.0) + self.paused, "pending": pending}
-        write_file(self.folder / "checkpoint.pt", state)
+        try:
+            write_file(self.folder / "checkpoint.pt", state)
+        except OSError as error:
+            self.give_up(f"cannot write the checkpoint of step {self.step} ({error.strerror})")
         self.last_saved = self.step
+
+    def give_up(self, why: str) -> NoReturn:
+        """Leave with one line, which names what can be resumed."""
+        self.bar.close()
+        good = f"{self.folder / 'checkpoint.pt'} of step {self.last_saved}" if self.last_saved else "none yet"
+        fail(f"{why}; last good checkpoint: {good}")
 
     def train_seconds(self) -> float:
         """Seconds of training up to now, before a resume too; evaluations do not count."""
@@ -867,14 +902,8 @@ class Run:
             modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
             finite &= all(bool(v.isfinite().all()) for part in modules for v in part.state_dict().values())
         if not finite:
-            self.bar.close()
-            kept = (
-                f"{self.folder / 'checkpoint.pt'} of step {self.last_saved}"
-                if self.last_saved
-                else "none yet"
-            )
-            what = f"the loss is not finite at step {self.step}: {self.scalars}"
-            fail(f"{what}; last good checkpoint: {kept}; try lower learning rates")
+            why = f"the loss is not finite at step {self.step}: {self.scalars}"
+            self.give_up(f"{why}; try lower learning rates")
         if done := self.step - self.first_step:  # the scalars of a pending step have it already
             self.scalars["steps_per_second"] = done / (time.time() - self.start - self.paused)
         row, pictures = {"step": self.step} | self.scalars, {}
@@ -884,8 +913,11 @@ class Run:
             self.metrics = self.evaluate()
             self.paused += time.time() - pause
             row, pictures = row | self.metrics, {"samples": self.folder / "samples.png"}
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            self.give_up(f"cannot write {self.metrics_file} ({error.strerror})")
         self.log_wandb(row, pictures)
         plain = {name: value for name, value in self.metrics.items() if not isinstance(value, list)}
         shown = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in plain.items()}
@@ -1098,27 +1130,19 @@ def generate_digits(args: Args) -> Path:
     """Samples of a checkpoint as a folder of PNG files; returns it."""
     if not args.checkpoint or not args.out:
         fail("--generate needs --checkpoint runs/<run>/checkpoint.pt and --out <new folder>")
-    out, checkpoint = Path(args.out), load_checkpoint(Path(args.checkpoint), SCRIPT)
-    if out.exists():
-        fail(f"--out {out} exists; name a new folder")
+    checkpoint = load_checkpoint(Path(args.checkpoint), SCRIPT)
     device, made = pick_device(args.device), Args(**checkpoint["args"])
     if not made.gan_weight:
         fail(f"{args.checkpoint} was trained with --gan-weight 0 and has no generator to draw from")
     averaged = average(make_generator(made.latent_dim, made.channels, False), made.ema_decay)
     averaged.load_state_dict(checkpoint["averaged"])
-    samples = draw_samples(averaged.to(device), made.latent_dim, args.generate, args.seed, device).cpu()
-    pixels = ((samples.squeeze(1) + 1) * 127.5).round().to(torch.uint8).numpy()
-    beside = out.with_name(out.name + ".tmp")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        for i, image in enumerate(tqdm(pixels, desc=str(out), disable=None)):
-            Image.fromarray(image).save(beside / f"{i:06d}.png")
-        os.replace(beside, out)
-    except OSError as error:
-        fail(f"cannot write --out {out} ({error.strerror}); name a place where you may write")
-    print(f"{args.generate} samples in {out}")
-    return out
+    with new_folder(args.out) as folder:
+        samples = draw_samples(averaged.to(device), made.latent_dim, args.generate, args.seed, device).cpu()
+        pixels = ((samples.squeeze(1) + 1) * 127.5).round().to(torch.uint8).numpy()
+        for i, image in enumerate(tqdm(pixels, desc=args.out, disable=None)):
+            Image.fromarray(image).save(folder / f"{i:06d}.png")
+    print(f"{args.generate} samples in {args.out}")
+    return Path(args.out)
 
 
 def main(args: Args) -> Path:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -467,19 +466,31 @@ def test_clustering_finds_the_components(monkeypatch):
 
 
 @pytest.mark.curves
-def test_a_run_and_what_it_leaves(tiny):
-    folder = main(tiny())
+def test_a_run_and_what_it_leaves(tiny, monkeypatch):
+    measured, measure = [], gmgan_mnist.image_metrics
+    monkeypatch.setattr(
+        gmgan_mnist, "image_metrics", lambda *args: measured.append(args[1]) or measure(*args)
+    )
+    args = tiny()
+    folder = main(args)
     assert sorted(p.name for p in folder.iterdir()) == FILES
     results, lines = json.loads((folder / "results.json").read_text()), rows(folder)
     assert {"fid", "precision", "recall", "cluster_accuracy", "cluster_nmi", "floor_fid"} < results.keys()
     assert 0.1 <= results["cluster_accuracy"] <= 1 and 0 <= results["cluster_nmi"] <= 1
     assert [line["step"] for line in lines if "fid" in line] == [3, 4]
     assert all({"loss_discriminator", "loss_generator", "r1", "r2"} < line.keys() for line in lines)
+    assert results["num_eval"] == 60
+    # What is measured are samples of the averaged networks; a row of ten for each of three components.
+    networks = averaged_networks(folder)
+    drawn = draw_mixture_samples(*networks, 100, torch.Generator().manual_seed(args.seed))
+    torch.testing.assert_close(measured[-1], drawn[:60])
     with Image.open(folder / "components.png") as image:
-        assert image.size == (2 + 10 * 30, 2 + 3 * 30)  # a row of ten for each of three components
-        assert len(np.unique(np.asarray(image))) > 1
-    held = 240 // gmgan_mnist.HELD_OUT
-    assert held == 8 and results["num_eval"] == 60
+        picture = torch.from_numpy(np.asarray(image)[..., 0].copy())
+    assert picture.shape == (2 + 3 * 30, 2 + 10 * 30)
+    for k in range(3):
+        row = draw_mixture_samples(*networks, 10, torch.Generator().manual_seed(args.seed), component=k)
+        shown = picture[2 + 30 * k :][:28, 2:].unfold(1, 28, 30).permute(1, 0, 2).float()
+        assert ((row.squeeze(1) + 1) * 127.5 - shown).abs().max() <= 1
 
 
 OPTIONS = [
@@ -519,8 +530,10 @@ def test_every_option(options, tiny, light, monkeypatch):
             # A constant of all logits has no gradient where only their differences count.
             if (name, key) != ("discriminator", last_bias) or args.loss == "non-saturating":
                 assert not torch.equal(parameter, state[name][key]), (name, key)
-    moved = [not torch.equal(first[key], state["mixture"][key]) for key in ("means", "log_scales")]
-    assert moved == [args.latent == "dynamic"] * 2
+    for kind, module in (("mixture", ""), ("averaged_mixture", "module.")):
+        names = "means", "log_scales"
+        moved = [not torch.equal(first[name], state[kind][module + name]) for name in names]
+        assert moved == [args.latent == "dynamic"] * 2, kind
 
 
 def test_held_out_images_are_not_trained_on(tiny, light, monkeypatch, tiny_mnist):
@@ -630,7 +643,9 @@ def test_init_from(tiny, light, monkeypatch):
 
     monkeypatch.setattr(gmgan_mnist.Run, "hold", held)
     second = main(tiny(init_from=str(first), num_eval_samples=0, num_steps=2))
-    assert all(same(started[name], load(first)[name]) for name in ("generator", "averaged", "discriminator"))
+    assert all(same(started[name], load(first)[name]) for name in ("generator", "discriminator"))
+    assert started["averaged"].pop("n_averaged") == 0  # it forgets as fast as the new mixture's average
+    assert same(started["averaged"], load(first)["averaged"])
     assert started["mixture"]["means"].shape == (3, 6)
     stopped = load(second)
     main(Args(resume=str(second), num_steps=3))
@@ -639,7 +654,9 @@ def test_init_from(tiny, light, monkeypatch):
 
 def test_init_from_other_networks(tiny, light, capsys, tmp_path):
     first = main(tiny(latent="normal", num_eval_samples=0, num_steps=1))
-    for option, theirs, value in (("arch", "dcgan", "mlp"), ("channels", 4, 5), ("latent_dim", 6, 7)):
+    others = ("arch", "dcgan", "mlp"), ("channels", 4, 5), ("latent_dim", 6, 7)
+    others += ("dataset", "mnist", "kmnist"), ("eval_split", "test", "validation")
+    for option, theirs, value in others:
         args = tiny(init_from=str(first), num_eval_samples=0, **{option: value})
         name = "--" + option.replace("_", "-")
         assert f"--init-from {first} has {name} {theirs}, and this run {value}" in refused(capsys, args)
@@ -663,14 +680,39 @@ def mixture_run(runs, tiny_mnist) -> Path:
         return main(Args(**(TINY | fixed)))
 
 
+def averaged_networks(folder: Path) -> list[torch.nn.Module]:
+    """The averaged generator and mixture of a run's checkpoint."""
+    state = load(folder)
+    made = Args(**state["args"])
+    parts = {"averaged": gmgan_mnist.make_networks(made)[0], "averaged_mixture": make_mixture(made)}
+    networks = [average(part, made.ema_decay) for part in parts.values()]
+    for network, name in zip(networks, parts):
+        network.load_state_dict(state[name])
+    return networks
+
+
 def pixels(folder: Path) -> np.ndarray:
     """The written images (n, 28, 28) in order."""
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
 
 
-@pytest.mark.parametrize("options", [{}, {"truncation": 0.5}, {"component": 2}, {"drs": True}], ids=str)
+SAMPLING = {}, {"truncation": 0.5}, {"component": 2}, {"seed": 2}, {"drs": True, "drs_percentile": 80.0}
+
+
+@pytest.mark.parametrize("options", SAMPLING, ids=str)
 def test_generate(options, mixture_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gmgan_mnist, "calibrate", partial(calibrate, steps=300))
+    seen, reject = [], gmgan_mnist.reject_samples
+
+    def calibrated(discriminator, real, held, draw, seed):
+        seen.extend((real, held, draw(5), calibrate(discriminator, real, held, draw, seed, steps=300)))
+        return seen[-1]
+
+    def rejected(draw, discriminator, count, percentile, rng):
+        seen.extend((discriminator, percentile))
+        return reject(draw, discriminator, count, percentile, rng)
+
+    monkeypatch.setattr(gmgan_mnist, "calibrate", calibrated)
+    monkeypatch.setattr(gmgan_mnist, "reject_samples", rejected)
     fixed = {"generate": 12, "checkpoint": str(mixture_run / "checkpoint.pt"), "device": "cpu"}
     out = main(Args(**fixed, **options, measure=True, out=str(tmp_path / "out")))
     names = sorted(p.name for p in out.iterdir())
@@ -679,17 +721,20 @@ def test_generate(options, mixture_run, tmp_path, capsys, monkeypatch):
     assert metrics["num_eval"] == 12
     assert all(math.isfinite(metrics[name]) for name in ("fid", "precision", "recall"))
     assert metrics["judge"] == json.loads((mixture_run / "results.json").read_text())["judge"]
-    assert {k: metrics[k] for k in options} == options and ("drs_accepted" in metrics) == ("drs" in options)
-    # The files are what the averaged networks draw, and what metrics.json measures.
-    made, state = Args(**load(mixture_run)["args"]), load(mixture_run)
-    parts = gmgan_mnist.make_networks(made)[0], make_mixture(made)
-    generator, mixture = (average(part, made.ema_decay) for part in parts)
-    generator.load_state_dict(state["averaged"])
-    mixture.load_state_dict(state["averaged_mixture"])
-    if "drs" not in options:
-        drawn = draw_mixture_samples(generator, mixture, 12, torch.Generator().manual_seed(1), **options)
-        assert np.array_equal(images, ((drawn.squeeze(1) + 1) * 127.5).round().byte().numpy())
+    how = {name: value for name, value in options.items() if name != "seed"}
+    assert {k: metrics[k] for k in how} == how and ("drs_accepted" in metrics) == ("drs" in options)
+    made = Args(**load(mixture_run)["args"])
     x, y, x_eval, y_eval = gmgan_mnist.load_images("mnist", made.data_dir, "test")
+    if "drs" in options:  # trained on the images of the run, judged on those it has not seen, in whole bytes
+        real, held, drawn, taken, used, percentile = seen
+        assert torch.equal(real, x[8:]) and torch.equal(held, x[:8])
+        torch.testing.assert_close((drawn + 1) * 127.5, ((drawn + 1) * 127.5).round(), rtol=0, atol=1e-4)
+        assert used is taken and percentile == 80
+    else:  # the files are what the averaged networks draw
+        rng = torch.Generator().manual_seed(options.get("seed", 1))
+        drawn = draw_mixture_samples(*averaged_networks(mixture_run), 12, rng, **(how))
+        assert np.array_equal(images, ((drawn.squeeze(1) + 1) * 127.5).round().byte().numpy())
+    # And they are what metrics.json measures.
     judge, _ = gmgan_mnist.load_judge(made, x, y)
     again = gmgan_mnist.image_metrics(judge, torch.from_numpy(images), x_eval[:12], y_eval)
     assert metrics["fid"] == pytest.approx(again["fid"], rel=1e-4)
@@ -743,6 +788,9 @@ def test_generate_what_does_not_exist(mixture_run, tiny, light, tmp_path, capsys
         ({"latent": "static", "covariance": "full"}, "--covariance is for --latent dynamic"),
         ({"latent": "normal", "sigma": 1.0}, "--sigma is for --latent static or dynamic"),
         ({"init_from": ""}, "--init-from must name a run folder"),
+        ({"resume": ""}, "--resume must name a run folder"),
+        ({"generate": 3, "sigma": 0.5}, "--sigma is of the run in --checkpoint"),
+        ({"generate": 3, "init_from": "x"}, "--init-from is of the run in --checkpoint"),
         ({"measure": True, "generate": 5}, "--measure needs at least 10 samples, not --generate 5"),
     ],
 )

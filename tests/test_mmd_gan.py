@@ -819,6 +819,34 @@ def test_loss_that_is_not_finite(tiny, monkeypatch, refused):
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("what", ["checkpoint.pt", "metrics.jsonl"])
+def test_a_disk_that_is_full(what, tiny, monkeypatch, refused):
+    """One line names what can be resumed; and it is, though a line of metrics.jsonl was cut off."""
+    args = tiny(dataset="ring", num_steps=8, num_eval_samples=0)
+    write, log = mmd_gan.write_file, mmd_gan.Run.log
+
+    def full(path, content):
+        if path.name == what == "checkpoint.pt" and content["step"] == 6:
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    def logged(run, scalars):
+        if run.step == 5 and what == "metrics.jsonl":
+            with run.metrics_file.open("a") as file:
+                file.write('{"step": 5, "loss_ge')
+            run.metrics_file = Path("/dev/full")
+        log(run, scalars)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mmd_gan, "write_file", full)
+        patch.setattr(mmd_gan.Run, "log", logged)
+        refused(args, "cannot write", "No space left", "checkpoint.pt of step 3")
+    (folder,) = Path(args.run_dir).glob(f"{args.exp_name}__*")
+    main(Args(resume=str(folder)))
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 @pytest.mark.parametrize("dataset", ["ring", "mnist"])
 @pytest.mark.parametrize("eval_every", [1, 100])
 def test_learning_rate_that_explodes(dataset, eval_every, tiny, refused):

@@ -266,7 +266,9 @@ def test_every_option(options, dataset, tiny, light, monkeypatch):
     assert len(estimates) == updates and len(clips) == (0 if gp else updates)
     assert len(penalties) == (updates // args.penalty_every if gp else 0)
     assert all(used[0][2] == args.one_sided for used in penalties)
-    assert all(("gradient_penalty" in line) == gp for line in lines)
+    ended = [updates // 4 * step // args.penalty_every for step in range(5)]  # lazy penalties up to a step
+    with_penalty = [gp and before < after for before, after in itertools.pairwise(ended)]
+    assert ["gradient_penalty" in line for line in lines] == with_penalty
     largest = max(v.abs().max().item() for v in state["critic"].values())
     assert gp or largest == pytest.approx(args.clip)
     assert all(v.isfinite().all() for v in state["generator"].values())
@@ -282,6 +284,7 @@ def test_the_lazy_penalty_weighs_as_many_times_more(tiny, light, monkeypatch):
         return step(self, *args, **options)
 
     monkeypatch.setattr(torch.optim.Adam, "step", spied)
+    monkeypatch.setattr(wgan_gp, "between", lambda real, fake: ((real + fake) / 2).requires_grad_())
     options = {
         "dataset": "ring",
         "num_steps": 2,
@@ -291,19 +294,17 @@ def test_the_lazy_penalty_weighs_as_many_times_more(tiny, light, monkeypatch):
     }
     grads = []
     for extra in (
-        {"penalty_weight": 3.0},
-        {"penalty_weight": 1.0, "penalty_every": 3},
+        {"penalty_weight": 2.0},
+        {"penalty_weight": 1.0, "penalty_every": 2},
         {"penalty_weight": 0.0},
     ):
         seen.clear()
         main(tiny(**options, **extra))
-        grads.append(seen[0] + seen[2])  # the critic's in steps 1 and 2
-    half = len(grads[0]) // 2
-    for every, lazy in zip(grads[0][:half], grads[1][:half]):
-        torch.testing.assert_close(every, lazy)
-    assert any(not torch.allclose(a, b) for a, b in zip(grads[0][:half], grads[2][:half]))
-    # The lazy run's second step draws no points between, hence other numbers; it has no penalty at all.
-    assert any(not torch.allclose(a, b) for a, b in zip(grads[0][half:], grads[1][half:]))
+        grads.append((seen[0], seen[2]))  # the critic's in steps 1 and 2
+    always, lazy, never = grads
+    for step, same, other in ((0, never, always), (1, always, never)):
+        torch.testing.assert_close(lazy[step], same[step])
+        assert any(not torch.allclose(a, b) for a, b in zip(lazy[step], other[step]))
 
 
 def test_learning_rates_fall(tiny, light):
@@ -348,8 +349,9 @@ def test_training_learns(lipschitz, tiny, light):
         {},
         {"lipschitz": "clip", "dataset": "ring"},
         {"penalty_every": 3, "critic_steps": 2, "num_eval_samples": 20, "eval_every": 2},
+        {"penalty_every": 4},
     ],
-    ids=["default", "clip", "lazy"],
+    ids=["default", "clip", "lazy", "lazier"],
 )
 def test_resume_is_bit_for_bit(options, tiny, light, monkeypatch):
     """A run stopped after 4 of 6 steps and resumed has the losses and weights of one that was not stopped."""
@@ -388,6 +390,35 @@ def test_generate(dataset, tiny, light, tmp_path):
     with pytest.raises(SystemExit) as stop:
         main(args)
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("broken", [None, OSError(28, "No space left"), KeyboardInterrupt()], ids=repr)
+def test_out_is_whole_or_not_there(broken, tmp_path, capsys):
+    """What stands beside it stays, and of what was broken off nothing does."""
+    mine = [tmp_path / "out.tmp", tmp_path / ".out"]
+    for folder in mine:
+        folder.mkdir()
+    try:
+        with wgan_gp.new_folder(str(tmp_path / "out")) as folder:
+            (folder / "a").touch()
+            assert not (tmp_path / "out").exists()
+            if broken:
+                raise broken
+    except (SystemExit, KeyboardInterrupt):
+        assert broken
+    assert sorted(tmp_path.iterdir()) == sorted(mine + ([] if broken else [tmp_path / "out"]))
+    said = capsys.readouterr().err
+    assert ("cannot write --out" in said and "No space left" in said) == isinstance(broken, OSError)
+
+
+def test_out_cannot_be_written(tmp_path, capsys, monkeypatch, tiny, light):
+    """It is said before anything is drawn."""
+    folder = main(tiny(num_eval_samples=0, num_steps=1))
+    monkeypatch.setattr(wgan_gp, "draw_samples", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        main(Args(generate=5, checkpoint=str(folder / "checkpoint.pt"), out=str(tmp_path / "file" / "out")))
+    assert stop.value.code == 2 and "cannot write --out" in capsys.readouterr().err
 
 
 # Bad input
