@@ -385,7 +385,8 @@ def make_mixture(args) -> Mixture:
 
 def average(model: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of a model and its buffers, with a shorter memory in the first steps."""
-    averaged = AveragedModel(model, use_buffers=True)
+    device = next(iter(model.state_dict().values())).device  # the count's too: a graph would take it as it is
+    averaged = AveragedModel(model, device, use_buffers=True)
 
     @torch.no_grad()
     def update(model: nn.Module) -> None:
@@ -1182,6 +1183,7 @@ class Recorded:
             why = error.__context__ or error  # on leaving the graph another error follows the first
             print(f"no CUDA graph ({why!r:.200}); the run goes on step by step", file=sys.stderr)
             self.enabled = False
+            del self.graphs[kind]
             # torch's generator still waits for the end of the recording: give it a new state, as it was.
             state = torch.Generator(self.device).set_state(rng)
             torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(state)

@@ -367,7 +367,8 @@ class Kernel(nn.Module):
 
 def average(model: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of a model and its buffers, with a shorter memory in the first steps."""
-    averaged = AveragedModel(model, use_buffers=True)
+    device = next(iter(model.state_dict().values())).device  # the count's too: a graph would take it as it is
+    averaged = AveragedModel(model, device, use_buffers=True)
 
     @torch.no_grad()
     def update(model: nn.Module) -> None:
@@ -850,7 +851,8 @@ def mixture_table(bandwidths: tuple, weights: tuple, kernel: str, device: torch.
         rows = [(-log2_e / (2 * s * s), w, 1 / (s * s)) for s, w in mix]
     else:
         rows = [(1 / (2 * s), w, s) for s, w in mix]
-    return torch.tensor(rows, device=device), "chain" if chain_unit(mix, kernel) else kernel
+    table = torch.tensor(rows, dtype=torch.float32, device=device)
+    return table, "chain" if chain_unit(mix, kernel) else kernel
 
 
 def takes_triton(x: Tensor, road: str) -> bool:
@@ -891,7 +893,11 @@ def dot_precision(x: Tensor) -> str:
     """How the kernels multiply: TF32 if torch may, else three TF32 products, which are as good as float32."""
     if not x.is_cuda or torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 0):
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set in the newer way, of which the older one knows nothing
+        exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "tf32x3" if exact else "tf32"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1602,6 +1608,7 @@ class Recorded:
             why = error.__context__ or error  # on leaving the graph another error follows the first
             print(f"no CUDA graph ({why!r:.200}); the run goes on step by step", file=sys.stderr)
             self.enabled = False
+            del self.graphs[kind]
             # torch's generator still waits for the end of the recording: give it a new state, as it was.
             state = torch.Generator(self.device).set_state(rng)
             torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(state)

@@ -365,7 +365,8 @@ def make_critic(feature_dim: int, channels: int, toy: bool, spectral_norm: bool,
 
 def average(model: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of a model and its buffers, with a shorter memory in the first steps."""
-    averaged = AveragedModel(model, use_buffers=True)
+    device = next(iter(model.state_dict().values())).device  # the count's too: a graph would take it as it is
+    averaged = AveragedModel(model, device, use_buffers=True)
 
     @torch.no_grad()
     def update(model: nn.Module) -> None:
@@ -972,9 +973,10 @@ class TritonLoop:
 
     CHUNK = 32
 
-    def __init__(self, n: int, m: int, d: int, same: bool, tol: float, device: torch.device):
+    def __init__(self, n: int, m: int, d: int, same: bool, tol: float, device: torch.device, precision: str):
         self.n, self.m, self.d, self.same, self.tol, most = n, m, d, same, tol, max(n, m)
-        size, new = n if same else n + m, partial(torch.empty, device=device)
+        size, new = n if same else n + m, partial(torch.empty, dtype=torch.float32, device=device)
+        self.precision = precision  # see dot_precision
         self.z, self.log_w, self.p = new(size, d), new(size), new(2 * n if same else size)
         self.block = 64 if most <= 128 or most > 8192 else 16 if most <= 2048 else 32
         self.programs = 1 if most <= 128 else min(-(-most // self.block), 1024)
@@ -985,7 +987,7 @@ class TritonLoop:
         """The next half-steps, so many."""
         at_once = steps if self.programs == 1 else 1
         buffers = self.z, self.log_w, self.p, self.errors, self.counts, self.scale
-        kernel = self.same, self.block, 16, dot_precision(self.z)
+        kernel = self.same, self.block, 16, self.precision
         sizes, options = (self.n, self.m, self.d, self.tol), {"num_warps": 4, "num_stages": 1}
         for first in range(0, steps, at_once):
             triton_sinkhorn()[0][(self.programs,)](*buffers, *sizes, first, at_once, *kernel, **options)
@@ -1000,7 +1002,8 @@ class TritonLoop:
         self.counts.zero_()
         if self.used and self.z.is_cuda and self.programs > 1 and not self.graph and not recording:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            stream = torch.cuda.Stream(self.z.device)  # torch's own is of the first device that recorded
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.launch(self.CHUNK)
         while done < total:
             steps = min(self.CHUNK, total - done)
@@ -1009,7 +1012,8 @@ class TritonLoop:
             if done < total and not recording and self.errors[2].sum().item() <= self.tol:
                 break
         self.used = True
-        return self.p[done % 2 * self.n :][: self.n] if self.same else self.p[self.n :]
+        # Cloned, it is aligned: however many steps were done, the kernels that follow are the same.
+        return self.p[done % 2 * self.n :][: self.n].clone() if self.same else self.p[self.n :]
 
     def finish(self, rows: Tensor, cols: Tensor, log_w: Tensor, p: Tensor, need: bool) -> tuple:
         """(3) for all rows, (n,), and, if there is need of it, the means of the columns (n, d)."""
@@ -1019,7 +1023,7 @@ class TritonLoop:
         # With these blocks, warps and stages the compiler keeps all in registers (tests/test_triton.py).
         options = {"num_warps": 8 if out_d > 64 else 4, "num_stages": 1}
         launch, sizes = triton_sinkhorn()[1][grid], (len(rows), len(cols), self.d, 32, 16, out_d)
-        launch(rows, cols, log_w, p, out, means, self.scale, *sizes, dot_precision(rows), **options)
+        launch(rows, cols, log_w, p, out, means, self.scale, *sizes, self.precision, **options)
         return out, means
 
 
@@ -1030,7 +1034,8 @@ def triton_transport(x, y, eps, a, b, tol, max_iterations, start, need, same) ->
     """transport by the kernels. Errors and counts are tensors, and eps may be one: no step waits for them."""
     n, recording = len(x), x.is_cuda and torch.cuda.is_current_stream_capturing()
     make = TritonLoop if recording or n + len(y) > 2**15 else triton_loop  # a graph has memory of its own
-    loop = make(n, len(y), x.shape[1], same, tol / 2, x.device)  # tol / 2: over-relaxed rows are not exact
+    options = same, tol / 2, x.device, dot_precision(x)  # tol / 2: over-relaxed rows are not exact
+    loop = make(n, len(y), x.shape[1], *options)
     mean_x, mean_y = a @ x, b @ y
     torch.sub(x, mean_x, out=loop.z[:n])
     torch.sub(y, mean_y, out=loop.z[-len(y) :])
@@ -1092,7 +1097,11 @@ def dot_precision(x: Tensor) -> str:
     """How the kernels multiply: TF32 if torch may, else three TF32 products, which are as good as float32."""
     if not x.is_cuda or torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 0):
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set in the newer way, of which the older one knows nothing
+        exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "tf32x3" if exact else "tf32"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1803,6 +1812,7 @@ class Recorded:
             why = error.__context__ or error  # on leaving the graph another error follows the first
             print(f"no CUDA graph ({why!r:.200}); the run goes on step by step", file=sys.stderr)
             self.enabled = False
+            del self.graphs[kind]
             # torch's generator still waits for the end of the recording: give it a new state, as it was.
             state = torch.Generator(self.device).set_state(rng)
             torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(state)

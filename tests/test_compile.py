@@ -303,6 +303,13 @@ def test_rates():
     assert not first["capturable"]
 
 
+@pytest.mark.parametrize("script", sorted({script for script, _ in RUNS.values()}))
+def test_the_averages_are_of_the_device(script):
+    """Their count too: a recorded step would take one on the CPU as the number that it was."""
+    averaged = importlib.import_module(script).average(torch.nn.Linear(2, 2).to("meta"), 0.9)
+    assert {v.device.type for v in averaged.state_dict().values()} == {"meta"}
+
+
 @EVERY
 def test_a_resumed_run_may_change_it(name, monkeypatch):
     script = importlib.import_module(RUNS[name][0])
@@ -322,11 +329,16 @@ def test_a_resumed_run_may_change_it(name, monkeypatch):
 def test_graphs_take_the_same_steps(name, run, monkeypatch, capsys, run_name, tmp_path):
     """As plain steps do, after a resume too; and a checkpoint of one device goes on on the other."""
     script = importlib.import_module(RUNS[name][0])
-    straight = losses(run(name, "--device", "cuda"))
+    plain = run(name, "--device", "cuda")
+    straight = losses(plain)
     # Gradients of turned images are sums in no fixed order, which Adam's first steps enlarge.
     rel = 1e-3 if name in ("sgan", "cyclegan") else 1e-5
     expected = [pytest.approx(line, rel=rel, abs=rel / 10) for line in straight]
-    assert losses(run(name, "--device", "cuda", "--compile")) == expected
+    recorded = run(name, "--device", "cuda", "--compile")
+    assert losses(recorded) == expected
+    ours, theirs = (torch.load(f / "checkpoint.pt", map_location="cpu") for f in (recorded, plain))
+    for kind in (kind for kind in ours if kind.startswith("averaged")):
+        torch.testing.assert_close(ours[kind], theirs[kind], rtol=rel, atol=rel)
 
     class Stopping(script.Recorded):
         def __call__(self, *kind):

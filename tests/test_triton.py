@@ -11,6 +11,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -212,6 +213,37 @@ def test_where_triton_cannot_run_another_road_does(module, what, monkeypatch):
 
 def fails(x):
     raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+
+@pytest.mark.parametrize("module", [mmd_gan, sinkhorn_gan], ids=["mmd", "sinkhorn"])
+def test_tf32_is_taken_where_torch_may(module, monkeypatch):
+    """In whichever of torch's two ways that is said, of which the older raises an error after the newer."""
+    points = SimpleNamespace(is_cuda=True, device="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert module.dot_precision(points) == "tf32x3"
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert module.dot_precision(points) == "tf32"
+        torch.set_float32_matmul_precision("highest")
+        for newer, expected in (("tf32", "tf32"), ("ieee", "tf32x3")):
+            torch.backends.cuda.matmul.fp32_precision = newer
+            assert module.dot_precision(points) == expected
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert module.dot_precision(points) == "ieee"
+
+
+def test_buffers_are_float32_whatever_the_default():
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        loop = sinkhorn_gan.TritonLoop(3, 4, 2, False, 1e-3, torch.device("cpu"), "ieee")
+        table, _ = mmd_gan.mixture_table((0.123,), (1.0,), "gaussian", torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(before)
+    assert {v.dtype for v in (loop.z, loop.log_w, loop.p, loop.errors, loop.scale, table)} == {torch.float32}
 
 
 def test_auto_says_nothing_on_the_cpu():
