@@ -543,7 +543,12 @@ def minibatch_energy_distance(
     ot_cost.
     """
     signs = ((x1, y1, 1), (x1, y2, 1), (x2, y1, 1), (x2, y2, 1), (x1, x2, -2), (y1, y2, -2))
-    problems = [(s, checked(p, q, eps, None, None, cost, tol, max_iterations, road)) for p, q, s in signs]
+    options = eps, None, None, cost, tol, max_iterations, road
+    problems = [(s, checked(p, q, *options, points=False)) for p, q, s in signs]
+    recording = x1.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not recording and not usable(cost, x1, x2, y1, y2):
+        for p, q, _ in signs:
+            checked(p, q, *options)  # raises the error
     total = 0
     for sign, (p, q, a, b) in problems:
         plan = transport(p, q, eps, a, b, tol, max_iterations, road, None, (True, True))
@@ -589,8 +594,17 @@ def asked(*points: Tensor) -> tuple[bool, ...]:
     return tuple(torch.is_grad_enabled() and p.requires_grad for p in points)
 
 
-def checked(x, y, eps, a, b, cost, tol, max_iterations, road, unroll=False) -> tuple[Tensor, ...]:
-    """x and y, normalised if the cost is cosine, with a and b; or the ValueErrors of sinkhorn_potentials."""
+def usable(cost: str, *points: Tensor) -> bool:
+    """Whether all points have squares that are finite and, if the cost is cosine, a length."""
+    norms = torch.cat([p.detach().norm(dim=1) for p in points])
+    return bool((norms.isfinite() & ((norms > 0) | (cost != "cosine"))).all())
+
+
+def checked(x, y, eps, a, b, cost, tol, max_iterations, road, unroll=False, points=True) -> tuple:
+    """x and y, normalised if the cost is cosine, with a and b; or the ValueErrors of sinkhorn_potentials.
+
+    With points=False the values of x and y are not looked at.
+    """
     if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must be (n, d) and (m, d), not {tuple(x.shape)} and {tuple(y.shape)}")
     if x.dtype != y.dtype or x.device != y.device or x.dtype not in (torch.float32, torch.float64):
@@ -610,15 +624,18 @@ def checked(x, y, eps, a, b, cost, tol, max_iterations, road, unroll=False) -> t
     for name, value in (("eps", eps), ("tol", tol), ("max_iterations", max_iterations)):
         if looks and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, not {value}")
+    if looks and points and not usable(cost, x, y):  # one wait for the device, where all is well
+        for name, p in (("x", x.detach()), ("y", y.detach())):
+            norm = p.norm(dim=1)
+            if not norm.isfinite().all():
+                point = p[~norm.isfinite()][0]
+                worst = point[point.nan_to_num(math.inf, math.inf, -math.inf).abs().argmax()].item()
+                raise ValueError(f"{name} and its squares must be finite, but it holds {worst}")
+            if not norm.all():
+                holds = f"and {name} holds one"
+                raise ValueError(f"cost 'cosine' is not defined for vectors of length 0.0, {holds}")
     weights = []
     for name, p, w in (("x", x.detach(), a), ("y", y.detach(), b)):
-        norm = p.norm(dim=1)
-        if looks and not norm.isfinite().all():
-            point = p[~norm.isfinite()][0]
-            worst = point[point.nan_to_num(math.inf, math.inf, -math.inf).abs().argmax()].item()
-            raise ValueError(f"{name} and its squares must be finite, but it holds {worst}")
-        if looks and cost == "cosine" and not norm.all():
-            raise ValueError(f"cost 'cosine' is not defined for vectors of length 0.0, and {name} holds one")
         if w is None:
             w = p.new_full((len(p),), 1 / len(p))
         elif w.shape != (len(p),) or w.dtype != p.dtype or w.device != p.device or w.requires_grad:

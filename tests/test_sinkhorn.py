@@ -630,6 +630,16 @@ WEIGHTS = [
 ]
 
 
+def test_points_are_looked_at_once(monkeypatch):
+    """On a GPU each look waits for the device."""
+    looks, usable = [], sinkhorn_gan.usable
+    monkeypatch.setattr(sinkhorn_gan, "usable", lambda *given: looks.append(given) or usable(*given))
+    ot_cost(X, Y, 1.0)
+    sinkhorn_divergence(X, Y, 1.0)
+    minibatch_energy_distance(X, X.flip(1), Y, Y.flip(1), 1.0)
+    assert [len(given) - 1 for given in looks] == [2, 2, 4]
+
+
 @pytest.mark.parametrize("x, y, options, message", ERRORS + [(X, Y, *w) for w in WEIGHTS])
 @pytest.mark.parametrize("function", [sinkhorn_potentials, ot_cost, sinkhorn_divergence])
 def test_value_errors(function, x, y, options, message, monkeypatch):
