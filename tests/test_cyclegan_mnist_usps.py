@@ -723,7 +723,8 @@ def test_bad_options_of_the_command(run_cli, tmp_path):
 
 def test_batch_larger_than_a_domain(tiny, tmp_path, capsys):
     said = refused(capsys, tiny(batch_size=121, run_dir=str(tmp_path / "runs")))
-    assert "--batch-size 121 exceeds the 120" in said and not (tmp_path / "runs").exists()
+    assert "--batch-size 121 exceeds the 120" in said
+    assert [path.name.split("__")[0] for path in (tmp_path / "runs").iterdir()] == ["usps"]  # no run
 
 
 def test_usps_missing_and_no_network(run_cli, tiny_mnist, tmp_path):
