@@ -713,9 +713,9 @@ class Recorded:
             torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(state)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, *rates: float) -> None:
-    """Set the learning rates of an optimizer's groups, in place where a graph reads them."""
-    for group, rate in zip(optimizer.param_groups, rates):
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of an optimizer, in place where a graph reads it."""
+    for group in optimizer.param_groups:
         group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
 
 
@@ -760,7 +760,7 @@ def train(args: Args) -> Path:
     recorded = Recorded(step, device, args.compile, optimizer)
     run.evaluate = evaluate
     for _ in run.steps():
-        set_rates(optimizer, args.lr * (args.num_steps + 1 - run.step) / args.num_steps)
+        set_rate(optimizer, args.lr * (args.num_steps + 1 - run.step) / args.num_steps)
         scalars = recorded()
         if run.due(args.log_every) or run.due(args.eval_every):
             run.log(scalars)

@@ -1189,9 +1189,9 @@ class Recorded:
             torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(state)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, *rates: float) -> None:
-    """Set the learning rates of an optimizer's groups, in place where a graph reads them."""
-    for group, rate in zip(optimizer.param_groups, rates):
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of an optimizer, in place where a graph reads it."""
+    for group in optimizer.param_groups:
         group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
 
 
@@ -1288,8 +1288,8 @@ def train(args: Args) -> Path:
     for _ in run.steps():
         # Learning rates stay, and in the last part of the run fall linearly to zero.
         rate = min(1.0, (args.num_steps + 1 - run.step) / max(1.0, args.lr_decay * args.num_steps))
-        set_rates(opt_generator, args.lr_generator * rate)
-        set_rates(opt_discriminator, args.lr_discriminator * rate)
+        set_rate(opt_generator, args.lr_generator * rate)
+        set_rate(opt_discriminator, args.lr_discriminator * rate)
         scalars = recorded()
         if run.due(args.log_every) or run.due(args.eval_every):
             run.log(scalars)

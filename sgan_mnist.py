@@ -1014,9 +1014,9 @@ class Recorded:
             torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(state)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, *rates: float) -> None:
-    """Set the learning rates of an optimizer's groups, in place where a graph reads them."""
-    for group, rate in zip(optimizer.param_groups, rates):
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of an optimizer, in place where a graph reads it."""
+    for group in optimizer.param_groups:
         group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
 
 
@@ -1117,8 +1117,8 @@ def train(args: Args) -> Path:
     for _ in run.steps():
         # Learning rates stay, and in the last part of the run fall linearly to zero.
         rate = min(1.0, (args.num_steps + 1 - run.step) / max(1.0, args.lr_decay * args.num_steps))
-        set_rates(opt_classifier, args.lr * rate)
-        set_rates(opt_generator, args.lr_generator * rate)
+        set_rate(opt_classifier, args.lr * rate)
+        set_rate(opt_generator, args.lr_generator * rate)
         pasted = args.paste * (1 - 2 * run.step / args.num_steps) if args.augment else 0.0
         share.fill_(pasted)
         scalars = recorded(pasted > 0)

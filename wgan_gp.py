@@ -955,9 +955,9 @@ class Recorded:
             torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(state)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, *rates: float) -> None:
-    """Set the learning rates of an optimizer's groups, in place where a graph reads them."""
-    for group, rate in zip(optimizer.param_groups, rates):
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of an optimizer, in place where a graph reads it."""
+    for group in optimizer.param_groups:
         group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
 
 
@@ -1049,9 +1049,9 @@ def train(args: Args) -> Path:
         # Learning rates stay, and in the last part of the run fall linearly to zero.
         rate = min(1.0, (args.num_steps + 1 - run.step) / max(1.0, args.lr_decay * args.num_steps))
         for name, optimizer in optimizers.items():
-            set_rates(optimizer, lrs[name] * rate)
+            set_rate(optimizer, lrs[name] * rate)
         updates = range((run.step - 1) * args.critic_steps, run.step * args.critic_steps)
-        # The last of so many updates has the lazy penalty, and the steps that are logged have it with them.
+        # The last of so many updates has the lazy penalty: a logged step does if its number is a multiple.
         every = args.penalty_every
         scalars = recorded(*(args.lipschitz == "gp" and i % every == every - 1 for i in updates))
         if run.due(args.log_every) or run.due(args.eval_every):
