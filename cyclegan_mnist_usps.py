@@ -1122,6 +1122,7 @@ def train(args: Args) -> Path:
     checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt", SCRIPT) if args.resume else None
     args = resumed_args(args, checkpoint["args"]) if checkpoint else args
     device = pick_device(args.device)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
     domains = load_domains(args, device)

@@ -704,8 +704,12 @@ def tile_sums(a, b, bandwidths, weights, kernel, low, high, skip_diagonal, need_
 #
 #          x . . . . . y . . . . .     A program of `means` owns a tile of one quarter, and puts its sum in a
 #    x   [ xx : tile | xy : tile ]     place of its own; of xx and yy, tiles below the diagonal are left out.
-#    .   ========= strip =========     One of `gradient` owns a strip of rows and goes along all columns.
-#    y   [           | yy : tile ]     No sum depends on who comes first: each run gives the same numbers.
+#    .   ========= strip =========     One of `gradient` owns a strip of rows and goes along all columns,
+#    y   [           | yy : tile ]     or, of few points, every so many tiles of them. No sum depends on who
+#                                      comes first: each run gives the same numbers.
+
+# Up to d coordinates: how many `gradient` takes at once, how many of them it makes, and its warps.
+GRADIENT_BLOCKS = (16, 16, 16, 2), (32, 32, 32, 2), (64, 64, 64, 4), (math.inf, 32, 128, 8)
 
 
 @cache
@@ -717,22 +721,25 @@ def triton_means() -> tuple:
 
     # fmt: off
     @triton.jit
-    def load(z, center, first, end, k, d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    def load(z, center, first, end, k, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
         # Rows first, first + 1, ... of z, centred, from coordinate k on; 0 after row `end`: (BLOCK, BLOCK_D).
         i, j = tl.arange(0, BLOCK), k + tl.arange(0, BLOCK_D)
-        inside = (i < end - first)[:, None] & (j < d)[None, :]
-        values = tl.load(z + tl.cast(first, tl.int64) * d + (i[:, None] * d + j[None, :]), inside, 0.0)
-        return tl.where(inside, values - tl.load(center + j, j < d, 0.0)[None, :], 0.0)
+        inside = (i < end - first)[:, None] & (j < D)[None, :]
+        values = tl.load(z + tl.cast(first, tl.int64) * D + (i[:, None] * D + j[None, :]), inside, 0.0)
+        return tl.where(inside, values - tl.load(center + j, j < D, 0.0)[None, :], 0.0)
 
     @triton.jit
-    def profile(z, center, row, row_end, col, col_end, d, mix, parts, low, high, KIND: tl.constexpr,
-                UNBIASED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
-        # k and W, (BLOCK, BLOCK) each, of the pairs from (row, col) on; 0 where there is none.
-        dot = tl.zeros((BLOCK, BLOCK), tl.float32)
-        a2, b2 = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-        for k in range(0, d, BLOCK_D):
-            a = load(z, center, row, row_end, k, d, BLOCK, BLOCK_D)
-            b = load(z, center, col, col_end, k, d, BLOCK, BLOCK_D)
+    def profile(z, center, own, row, row_end, col, col_end, mix, low, high, KIND: tl.constexpr,
+                PARTS: tl.constexpr, UNBIASED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+                BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+        # k and W, (BLOCK, BLOCK) each, of the pairs from (row, col) on; 0 where there is none. own are the
+        # rows' first BLOCK_D coordinates, loaded already, and those of the columns are returned.
+        other = load(z, center, col, col_end, 0, D, BLOCK, BLOCK_D)
+        dot = tl.dot(own, tl.trans(other), input_precision=PRECISION)
+        a2, b2 = tl.sum(own * own, 1), tl.sum(other * other, 1)
+        for k in range(BLOCK_D, D, BLOCK_D):  # none, where all coordinates fit
+            a = load(z, center, row, row_end, k, D, BLOCK, BLOCK_D)
+            b = load(z, center, col, col_end, k, D, BLOCK, BLOCK_D)
             dot = tl.dot(a, tl.trans(b), dot, input_precision=PRECISION)
             a2 += tl.sum(a * a, 1)
             b2 += tl.sum(b * b, 1)
@@ -744,7 +751,7 @@ def triton_means() -> tuple:
         t = tl.minimum(tl.maximum(t, low), high)
         total, slope = tl.zeros_like(t), tl.zeros_like(t)
         chain = tl.exp2(tl.load(mix) * t) if KIND == "chain" else t
-        for s in range(parts):
+        for s in tl.static_range(PARTS):
             unit, weight, last = tl.load(mix + 3 * s), tl.load(mix + 3 * s + 1), tl.load(mix + 3 * s + 2)
             if KIND == "rational_quadratic":
                 part = weight * tl.exp2(-last * tl.log2(1 + unit * t))
@@ -758,47 +765,52 @@ def triton_means() -> tuple:
                 slope += last * part
             total += part
         counted = pair & ~same if UNBIASED else pair
-        return tl.where(counted, total, 0.0), tl.where(pair & pushed, slope, 0.0)
+        return tl.where(counted, total, 0.0), tl.where(pair & pushed, slope, 0.0), other
 
     @triton.jit
-    def means(z, centers, mix, sums, n, m, d, parts, low, high, KIND: tl.constexpr, UNBIASED: tl.constexpr,
-              BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    def means(z, centers, mix, sums, n, m, low, high, KIND: tl.constexpr, PARTS: tl.constexpr,
+              UNBIASED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+              PRECISION: tl.constexpr):
         i, j, quarter = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # quarters: xx, yy, xy
         row_end, col_end = tl.where(quarter == 1, n + m, n), tl.where(quarter == 0, n, n + m)
         row, col = tl.where(quarter == 1, n, 0) + i * BLOCK, tl.where(quarter == 0, 0, n) + j * BLOCK
         low, high = tl.where(quarter == 0, low, -1.0), tl.where(quarter == 1, high, float("inf"))
         total = 0.0
-        if (j >= i) | (quarter == 2):
-            center = centers + tl.where(quarter == 1, d, 0)
-            k, _ = profile(z, center, row, row_end, col, col_end, d, mix, parts, low, high, KIND, UNBIASED,
-                           BLOCK, BLOCK_D, PRECISION)
+        if ((j >= i) | (quarter == 2)) & (row < row_end) & (col < col_end):
+            center = centers + tl.where(quarter == 1, D, 0)
+            own = load(z, center, row, row_end, 0, D, BLOCK, BLOCK_D)
+            k, _, _ = profile(z, center, own, row, row_end, col, col_end, mix, low, high, KIND, PARTS,
+                              UNBIASED, D, BLOCK, BLOCK_D, PRECISION)
             total = tl.sum(k) * tl.where((quarter < 2) & (j > i), 2.0, 1.0)
         tl.store(sums + (quarter * tl.num_programs(0) + i) * tl.num_programs(1) + j, total)
 
     @triton.jit(do_not_specialize=["first"])
-    def gradient(z, centers, mix, factors, out, first, n, m, d, parts, low, high, KIND: tl.constexpr,
-                 UNBIASED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, OUT_D: tl.constexpr,
-                 PRECISION: tl.constexpr):
+    def gradient(z, centers, mix, factors, out, first, n, m, low, high, KIND: tl.constexpr,
+                 PARTS: tl.constexpr, UNBIASED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+                 BLOCK_D: tl.constexpr, OUT_D: tl.constexpr, PRECISION: tl.constexpr):
         strip, strips, k = first + tl.program_id(0), tl.cdiv(n, BLOCK), tl.program_id(1) * OUT_D
+        share, shares = tl.program_id(2), tl.num_programs(2)
         in_y = strip >= strips
         row, row_end = tl.where(in_y, n + (strip - strips) * BLOCK, strip * BLOCK), tl.where(in_y, n + m, n)
         grad = tl.zeros((BLOCK, OUT_D), tl.float32)
         for side in range(2):  # columns of x, of y
             quarter = tl.where((side == 1) != in_y, 2, side)
-            center, col_end = centers + tl.where(quarter == 1, d, 0), n + side * m
+            center, col_end = centers + tl.where(quarter == 1, D, 0), n + side * m
             least, most = tl.where(quarter == 0, low, -1.0), tl.where(quarter == 1, high, float("inf"))
             pulled, weight = tl.zeros((BLOCK, OUT_D), tl.float32), tl.zeros((BLOCK,), tl.float32)
-            for col in range(side * n, col_end, BLOCK):
-                _, w = profile(z, center, row, row_end, col, col_end, d, mix, parts, least, most, KIND,
-                               UNBIASED, BLOCK, BLOCK_D, PRECISION)
-                b = load(z, center, col, col_end, k, d, BLOCK, OUT_D)
+            own = load(z, center, row, row_end, 0, D, BLOCK, BLOCK_D)
+            for col in range(side * n + share * BLOCK, col_end, shares * BLOCK):
+                _, w, other = profile(z, center, own, row, row_end, col, col_end, mix, least, most, KIND,
+                                      PARTS, UNBIASED, D, BLOCK, BLOCK_D, PRECISION)
+                b = other if D <= BLOCK_D else load(z, center, col, col_end, k, D, BLOCK, OUT_D)
                 pulled = tl.dot(w, b, pulled, input_precision=PRECISION)
                 weight += tl.sum(w, 1)
-            own = load(z, center, row, row_end, k, d, BLOCK, OUT_D)
-            grad += tl.load(factors + quarter) * (pulled - weight[:, None] * own)
+            a = own if D <= BLOCK_D else load(z, center, row, row_end, k, D, BLOCK, OUT_D)
+            grad += tl.load(factors + quarter) * (pulled - weight[:, None] * a)
         i, k = tl.arange(0, BLOCK), k + tl.arange(0, OUT_D)
-        inside = (i < row_end - row)[:, None] & (k < d)[None, :]
-        tl.store(out + tl.cast(row, tl.int64) * d + (i[:, None] * d + k[None, :]), grad, inside)
+        inside = (i < row_end - row)[:, None] & (k < D)[None, :]
+        first_row = tl.cast(share, tl.int64) * (n + m) + row
+        tl.store(out + first_row * D + (i[:, None] * D + k[None, :]), grad, inside)
 
     # fmt: on
     return means, gradient
@@ -813,10 +825,10 @@ class TritonMeans(torch.autograd.Function):
         z, centers = torch.cat((x, y)), torch.stack((x.mean(0), y.mean(0)))  # centred as in squared_distances
         mix, kind = mixture_table(bandwidths, weights, kernel, x.device)
         ctx.options = bandwidths, weights, kernel, unbiased, bounds
-        ctx.sizes = n, m, d, len(bandwidths), float(low), float(high), kind, unbiased
+        ctx.sizes = n, m, float(low), float(high), kind, len(bandwidths), unbiased, d
         tiles, block_d = -(-max(n, m) // 64), 16 if d <= 16 else 32
         sums = x.new_empty(3, tiles, tiles)
-        launch, options = triton_means()[0][(tiles, tiles, 3)], {"num_warps": 4, "num_stages": 1}
+        launch, options = triton_means()[0][(tiles, tiles, 3)], {"num_warps": 4, "num_stages": 2}
         launch(z, centers, mix, sums, *ctx.sizes, 64, block_d, dot_precision(x), **options)
         ctx.save_for_backward(x, y, z, centers, mix)
         xx, yy, xy = sums.sum((1, 2))
@@ -827,18 +839,19 @@ class TritonMeans(torch.autograd.Function):
         x, y, z, centers, mix = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: someone wants second derivatives
             return dense_gradients(x, y, ctx, g_xx, g_yy, g_xy)
-        n, m, d, *_, kind, unbiased = ctx.sizes
+        n, m, *_, unbiased, d = ctx.sizes
         factors = g_xx * (2 / pairs(n, unbiased)), g_yy * (2 / pairs(m, unbiased)), g_xy / (n * m)
-        out, factors = torch.empty_like(z), torch.stack(factors)
-        out_d = 16 if d <= 16 else 64 if d <= 64 else 128
-        need_x, need_y = ctx.needs_input_grad[:2]
-        strips = -(-n // 32) * need_x, -(-m // 32) * need_y
-        first = 0 if need_x else -(-n // 32)
-        launch = triton_means()[1][(sum(strips), -(-d // out_d))]
         # With these blocks, warps and stages the compiler keeps all in registers (tests/test_triton.py).
-        wide = out_d > 64 or (out_d == 16 and kind == "gaussian")
-        options = {"num_warps": 8 if wide else 4, "num_stages": 1}
-        launch(z, centers, mix, factors, out, first, *ctx.sizes, 32, 16, out_d, dot_precision(x), **options)
+        block_d, out_d, warps = next(sizes for most, *sizes in GRADIENT_BLOCKS if d <= most)
+        need_x, need_y = ctx.needs_input_grad[:2]
+        strips = -(-n // 32) * need_x + -(-m // 32) * need_y, -(-d // out_d)
+        # Where strips are few, several programs share the columns of one, so that all of a GPU has work.
+        shares = max(1, min(512 // math.prod(strips), max(n, m) // 32))
+        out, factors = x.new_empty(shares, n + m, d), torch.stack(factors)
+        launch, first = triton_means()[1][(*strips, shares)], 0 if need_x else -(-n // 32)
+        blocks, options = (32, block_d, out_d, dot_precision(x)), {"num_warps": warps, "num_stages": 2}
+        launch(z, centers, mix, factors, out, first, *ctx.sizes, *blocks, **options)
+        out = out.sum(0)
         grads = (g if needed else None for g, needed in zip(out.split((n, m)), ctx.needs_input_grad))
         return *grads, None, None, None, None, None
 
@@ -851,7 +864,8 @@ def mixture_table(bandwidths: tuple, weights: tuple, kernel: str, device: torch.
         rows = [(-log2_e / (2 * s * s), w, 1 / (s * s)) for s, w in mix]
     else:
         rows = [(1 / (2 * s), w, s) for s, w in mix]
-    table = torch.tensor(rows, dtype=torch.float32, device=device)
+    with torch.inference_mode(False):  # a table of inference could not be used in training
+        table = torch.tensor(rows, dtype=torch.float32, device=device)
     return table, "chain" if chain_unit(mix, kernel) else kernel
 
 
@@ -1626,6 +1640,7 @@ def train(args: Args) -> Path:
     args = resumed_args(args, checkpoint["args"]) if checkpoint else args
     device = pick_device(args.device)
     join_processes(args, device)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
     for seed in (random.seed, np.random.seed, torch.manual_seed):

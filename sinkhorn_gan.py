@@ -437,9 +437,9 @@ def sinkhorn_potentials(
         max_iterations: stop after so many, whatever the error (an iteration is two half-steps).
         init: potentials to start from, such as those of nearly the same points; else zero.
         return_info: return also {"error": the marginal error reached, "iterations": their number}.
-        road: "triton", kernels for float32 on CUDA in memory for n + m points, over-relaxed instead of
-            annealed and extrapolated; "dense", with an n x m matrix; "blocked", in memory for n + m points;
-            "auto", the first that can, by size.
+        road: "triton", kernels for float32 on CUDA, over-relaxed instead of annealed and extrapolated, in
+            memory for n + m points and, up to 2^24 of them, the pairs' products; "dense", with an n x m
+            matrix; "blocked", in memory for n + m points; "auto", the first that can, by size.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, for no points, coordinates that are not
     finite, eps, tol or max_iterations that are not positive, weights that are negative or do not sum to one
@@ -860,7 +860,7 @@ def unrolled_cost(x, y, eps, a, b, tol, max_iterations) -> Tensor:
     return a @ f + b @ g + (a @ x - b @ y) @ t + t @ t / 2
 
 
-# On CUDA Triton kernels take the half-steps, in the log domain and without a matrix. With s = log2(e) / eps,
+# On CUDA Triton kernels take the half-steps, in the log domain. With s = log2(e) / eps,
 # p = f / (eps ln 2) - s |x|^2 / 2 at x, and likewise with g at y, the squares in the costs cancel: for
 # points z of weights w, first x, then y, rows i of one cloud follow from columns j of the other by
 #     p_i = -log2 sum_j w_j 2^(s z_i.z_j + p_j)                                                            (3)
@@ -869,7 +869,11 @@ def unrolled_cost(x, y, eps, a, b, tol, max_iterations) -> Tensor:
 #    rows  [ tile | tile | tile ] -> p_i   as attention does, of each row the largest exponent yet, and the
 #      |   [ ...... strip ..... ] -> p_i   sum of powers below it. Of few points one program takes all strips
 #      v   [ tile | tile | tile ] -> p_i   and all half-steps; of more, a launch takes one half-step.
+#
+# The products z_i.z_j are the same in every half-step. Those of up to KEPT pairs are kept; of more they are
+# made tile by tile, where they are needed, and there is no n x m matrix.
 
+KEPT = 2**24  # pairs: 64 MB of float32
 BIG = 1e30  # an error that has not been measured
 
 
@@ -882,64 +886,77 @@ def triton_sinkhorn() -> tuple:
 
     # fmt: off
     @triton.jit
-    def load(z, first, end, k, d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    def load(z, first, end, k, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
         # Rows first, first + 1, ... of z from coordinate k on; 0 from row `end` on: (BLOCK, BLOCK_D).
         i, j = tl.arange(0, BLOCK), k + tl.arange(0, BLOCK_D)
-        inside = (i < end - first)[:, None] & (j < d)[None, :]
-        return tl.load(z + tl.cast(first, tl.int64) * d + (i[:, None] * d + j[None, :]), inside, 0.0)
+        inside = (i < end - first)[:, None] & (j < D)[None, :]
+        return tl.load(z + tl.cast(first, tl.int64) * D + (i[:, None] * D + j[None, :]), inside, 0.0)
 
     @triton.jit
-    def soft_rows(rows, cols, log_w, p, scale, row, n, m, d, out_k, BLOCK: tl.constexpr,
-                  BLOCK_D: tl.constexpr, OUT_D: tl.constexpr, PRECISION: tl.constexpr):
+    def soft_rows(rows, cols, products, log_w, p, scale, row, n, m, out_k, D: tl.constexpr,
+                  IS_KEPT: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, BLOCK_D: tl.constexpr,
+                  OUT_D: tl.constexpr, PRECISION: tl.constexpr):
         # (3) for rows row, row + 1, ... of n, from m columns; and, if OUT_D, coordinates out_k, ... of the
         # columns' means, weighted by the terms of the sum.
         top, total = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
         mean = tl.zeros((BLOCK, max(OUT_D, 16)), tl.float32)
-        for col in range(0, m, 64):
-            dot = tl.zeros((BLOCK, 64), tl.float32)
-            for k in range(0, d, BLOCK_D):
-                a, b = load(rows, row, n, k, d, BLOCK, BLOCK_D), load(cols, col, m, k, d, 64, BLOCK_D)
-                dot = tl.dot(a, tl.trans(b), dot, input_precision=PRECISION)
-            j = col + tl.arange(0, 64)
+        i = tl.arange(0, BLOCK)
+        places = products + tl.cast(row, tl.int64) * m + i[:, None] * m
+        if not IS_KEPT:
+            own = load(rows, row, n, 0, D, BLOCK, BLOCK_D)
+        for col in range(0, m, COLS):
+            j = col + tl.arange(0, COLS)
             bias = tl.load(log_w + j, j < m, float("-inf")) + tl.load(p + j, j < m, 0.0)
+            if IS_KEPT:
+                dot = tl.load(places + j[None, :], (i < n - row)[:, None] & (j < m)[None, :], 0.0)
+            else:
+                other = load(cols, col, m, 0, D, COLS, BLOCK_D)
+                dot = tl.dot(own, tl.trans(other), input_precision=PRECISION)
+                for k in range(BLOCK_D, D, BLOCK_D):  # none, where all coordinates fit
+                    a, b = load(rows, row, n, k, D, BLOCK, BLOCK_D), load(cols, col, m, k, D, COLS, BLOCK_D)
+                    dot = tl.dot(a, tl.trans(b), dot, input_precision=PRECISION)
             t = scale * dot + bias[None, :]
             new = tl.maximum(top, tl.max(t, 1))
             power, fade = tl.exp2(t - new[:, None]), tl.exp2(top - new)
             top, total = new, total * fade + tl.sum(power, 1)
             if OUT_D:
-                b = load(cols, col, m, out_k, d, 64, OUT_D)
-                mean = tl.dot(power, b, mean * fade[:, None], input_precision=PRECISION)
+                values = load(cols, col, m, out_k, D, COLS, OUT_D)
+                mean = tl.dot(power, values, mean * fade[:, None], input_precision=PRECISION)
         return -(top + tl.log2(total)), mean / total[:, None]
 
-    @triton.jit(do_not_specialize=["first", "steps"])
-    def iterate(z, log_w, p, errors, counts, scale, n, m, d, tol, first, steps, SELF: tl.constexpr,
-                BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
-        # Half-steps first, first + 1, ... of a chunk; counts: how many came before it, and in all. errors
-        # (., programs): row h + 2 is the error that half-step h finds, row h + 3 what it leaves. SELF: y is
-        # x, p two vectors (n,) in turn, each step is damped; else the even half-steps take the rows of x.
+    @triton.jit(do_not_specialize=["first", "steps", "limit"])
+    def iterate(z, products, log_w, p, errors, counts, scale, n, m, tol, first, steps, limit,
+                SELF: tl.constexpr, D: tl.constexpr, IS_KEPT: tl.constexpr, BLOCK: tl.constexpr,
+                COLS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+        # Half-steps first, first + 1, ... of a chunk, but no more than limit in all; counts: how many came
+        # before the chunk, and in all. errors (35, programs), a ring: row h + 2 is the error that half-step h
+        # finds, row h + 3 what it leaves. SELF: y is x, p two vectors (n,) in turn, each step is damped; else
+        # the even half-steps take the rows of x.
         program, programs = tl.program_id(0), tl.num_programs(0)
         s, before, lane = tl.load(scale), tl.load(counts), tl.arange(0, 1024)
         h, last = tl.cast(first, tl.int32), tl.cast(first, tl.int32) + steps
-        error = tl.sum(tl.load(errors + (h + 2) * programs + lane, lane < programs, 0.0))
-        while (h < last) & (error > tol):
+        error = tl.sum(tl.load(errors + ((h + 2) % 35) * programs + lane, lane < programs, 0.0))
+        while (h < last) & (before + h < limit) & (error > tol):
             k = before + h
             if SELF:
                 row_first, row_count, col_first, col_count = 0, n, 0, n
                 source, target = (h % 2) * n, (1 - h % 2) * n
                 step = tl.where(k % 2 == 0, 0.8723, 0.5395)  # see iterate_self
+                dots = products
             else:
                 even = h % 2 == 0
                 row_first, row_count = tl.where(even, 0, n), tl.where(even, n, m)
                 col_first, col_count = tl.where(even, n, 0), tl.where(even, m, n)
                 source, target = 0, 0
+                dots = products + tl.cast(tl.where(even, 0, n), tl.int64) * m  # those of y's rows follow
                 # Over-relaxation (Thibault et al. 2017), more and more of it, unless the error grows.
-                older = tl.sum(tl.load(errors + h * programs + lane, lane < programs, 0.0))
+                older = tl.sum(tl.load(errors + (h % 35) * programs + lane, lane < programs, 0.0))
                 step = tl.where((k < 6) | (error > 1.3 * older), 1.0, tl.minimum(1.9, 2 - 4 / (k // 2 + 2.0)))
             partial = 0.0
             for row in range(program * BLOCK, row_count, programs * BLOCK):
-                rows, cols = z + tl.cast(row_first, tl.int64) * d, z + tl.cast(col_first, tl.int64) * d
-                new, _ = soft_rows(rows, cols, log_w + col_first, p + source + col_first, s, row, row_count,
-                                   col_count, d, 0, BLOCK, BLOCK_D, 0, PRECISION)
+                rows, cols = z + tl.cast(row_first, tl.int64) * D, z + tl.cast(col_first, tl.int64) * D
+                new, _ = soft_rows(rows, cols, dots, log_w + col_first, p + source + col_first, s, row,
+                                   row_count, col_count, 0, D, IS_KEPT, BLOCK, COLS, BLOCK_D, 0, PRECISION)
                 i = row + tl.arange(0, BLOCK)
                 inside = i < row_count
                 old = tl.load(p + source + row_first + i, inside, 0.0)
@@ -950,130 +967,185 @@ def triton_sinkhorn() -> tuple:
             if SELF:
                 partial = 2 * partial
             else:  # the rows of x have no error of their own: that of their potentials is the columns'
-                partial = tl.where(h % 2 == 0, tl.load(errors + (h + 2) * programs + program), partial)
-            tl.store(errors + (h + 3) * programs + program, partial)
+                found = tl.load(errors + ((h + 2) % 35) * programs + program)
+                partial = tl.where(h % 2 == 0, found, partial)
+            tl.store(errors + ((h + 3) % 35) * programs + program, partial)
             tl.debug_barrier()
             h += 1
-            error = tl.sum(tl.load(errors + (h + 2) * programs + lane, lane < programs, 0.0))
+            error = tl.sum(tl.load(errors + ((h + 2) % 35) * programs + lane, lane < programs, 0.0))
             if program == 0:
                 tl.store(counts + 1, before + h)
         if h < last:  # it has converged before: hand on what there is
-            tl.store(errors + (last + 2) * programs + program, tl.load(errors + (h + 2) * programs + program))
+            found = tl.load(errors + ((h + 2) % 35) * programs + program)
+            tl.store(errors + ((last + 2) % 35) * programs + program, found)
             if SELF and (last - h) % 2 == 1:
                 for row in range(program * BLOCK, n, programs * BLOCK):
                     i = row + tl.arange(0, BLOCK)
                     tl.store(p + (last % 2) * n + i, tl.load(p + (h % 2) * n + i, i < n), i < n)
 
     @triton.jit
-    def finish(rows, cols, log_w, p, out, means, scale, n, m, d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    def finish(rows, cols, products, log_w, p, out, means, scale, n, m, D: tl.constexpr,
+               IS_KEPT: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, BLOCK_D: tl.constexpr,
                OUT_D: tl.constexpr, PRECISION: tl.constexpr):
         row, k = tl.program_id(0) * BLOCK, tl.program_id(1) * OUT_D
-        new, mean = soft_rows(rows, cols, log_w, p, tl.load(scale), row, n, m, d, k, BLOCK, BLOCK_D, OUT_D,
-                              PRECISION)
+        new, mean = soft_rows(rows, cols, products, log_w, p, tl.load(scale), row, n, m, k, D, IS_KEPT, BLOCK,
+                              COLS, BLOCK_D, OUT_D, PRECISION)
         i = tl.arange(0, BLOCK)
         tl.store(out + row + i, new, i < n - row)
         if OUT_D:
             k += tl.arange(0, OUT_D)
-            inside = (i < n - row)[:, None] & (k < d)[None, :]
-            tl.store(means + tl.cast(row, tl.int64) * d + (i[:, None] * d + k[None, :]), mean, inside)
+            inside = (i < n - row)[:, None] & (k < D)[None, :]
+            tl.store(means + tl.cast(row, tl.int64) * D + (i[:, None] * D + k[None, :]), mean, inside)
 
     # fmt: on
     return iterate, finish
 
 
 class TritonLoop:
-    """Buffers of a problem of n and m points, or of n with themselves, and the launches that iterate on them.
+    """The buffers of a problem of n and m points, or of n with themselves, and its parts: prepare, chunk and
+    conclude, where a chunk is CHUNK half-steps, or of few points all of them, in one launch.
 
-    Of few points one launch does all half-steps. Else CHUNK of them are a CUDA graph from the second use on,
-    and the host looks at the error once in a chunk; while a graph is recorded around it, it never looks.
+    If graphs are wanted each part is one from its second use on, and the host looks at the error once after
+    each chunk but the last; while a graph is recorded around them it never looks.
     """
 
     CHUNK = 32
 
-    def __init__(self, n: int, m: int, d: int, same: bool, tol: float, device: torch.device, precision: str):
-        self.n, self.m, self.d, self.same, self.tol, most = n, m, d, same, tol, max(n, m)
-        size, new = n if same else n + m, partial(torch.empty, dtype=torch.float32, device=device)
-        self.precision = precision  # see dot_precision
+    def __init__(self, n, m, d, same, need, warm, tol, max_iterations, device, precision, graphs=True):
+        self.n, self.m, self.d, self.same, self.need, self.warm, self.tol = n, m, d, same, need, warm, tol
+        self.limit, self.precision = max_iterations * (1 if same else 2), precision  # see dot_precision
+        new = partial(torch.empty, dtype=torch.float32, device=device)
+        size, most, self.kept = n if same else n + m, max(n, m), n * m <= KEPT
         self.z, self.log_w, self.p = new(size, d), new(size), new(2 * n if same else size)
-        self.block = 64 if most <= 128 or most > 8192 else 16 if most <= 2048 else 32
-        self.programs = 1 if most <= 128 else min(-(-most // self.block), 1024)
-        self.errors, self.counts = new(self.CHUNK + 3, self.programs), new(2, dtype=torch.int32)
-        self.scale, self.graph, self.used = new(()), None, False
+        self.products = new(1 if same else 2, n * m if self.kept else 1)
+        if self.kept:  # rows and columns of a tile
+            self.tile = (32, 128) if most <= 128 else (8, 256) if most <= 1024 else (16, 256)
+        else:
+            self.tile = 32, 64
+        self.programs = 1 if most <= 128 else min(-(-most // self.tile[0]), 1024)
+        self.errors, self.counts, self.scale = new(35, self.programs), new(2, dtype=torch.int32), new(())
+        self.graphs, self.used = {} if graphs and self.z.is_cuda else None, set()
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs is not None else None
 
-    def launch(self, steps: int) -> None:
-        """The next half-steps, so many."""
-        at_once = steps if self.programs == 1 else 1
-        buffers = self.z, self.log_w, self.p, self.errors, self.counts, self.scale
-        kernel = self.same, self.block, 16, self.precision
-        sizes, options = (self.n, self.m, self.d, self.tol), {"num_warps": 4, "num_stages": 1}
-        for first in range(0, steps, at_once):
-            triton_sinkhorn()[0][(self.programs,)](*buffers, *sizes, first, at_once, *kernel, **options)
-        self.errors[:3] = self.errors[steps : steps + 3].clone()
-        self.counts[0] += steps
-
-    def run(self, max_iterations: int) -> Tensor:
-        """Iterate on p; returns the potential g (m,) in the units of (3), a part of p."""
-        recording = self.z.is_cuda and torch.cuda.is_current_stream_capturing()
-        done, total = 0, max_iterations * (1 if self.same else 2)
+    def prepare(self, x, y, a, b, eps, start) -> tuple:
+        """Centre the points, and set all else to where the iteration starts."""
+        mean_x, mean_y = a @ x, b @ y
+        x_, y_ = self.z[: self.n], self.z[-self.m :]
+        torch.sub(x, mean_x, out=x_)
+        torch.sub(y, mean_y, out=y_)
+        if self.kept:
+            for products, rows, cols in zip(self.products, (x_, y_), (y_, x_)):
+                torch.mm(rows, cols.T, out=products.view(len(rows), len(cols)))
+        self.scale.fill_(math.log2(math.e)).div_(eps)
+        self.log_w[: self.n], self.log_w[-self.m :] = a.log2(), b.log2()
+        g = -y_.square().sum(1) / 2
+        self.p.zero_()
+        p = self.p[: self.n] if self.same else self.p[self.n :]
+        p.copy_(self.scale * (g + start if self.warm else g))
         self.errors.fill_(BIG)
         self.counts.zero_()
-        if self.used and self.z.is_cuda and self.programs > 1 and not self.graph and not recording:
-            self.graph = torch.cuda.CUDAGraph()
-            stream = torch.cuda.Stream(self.z.device)  # torch's own is of the first device that recorded
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                self.launch(self.CHUNK)
-        while done < total:
-            steps = min(self.CHUNK, total - done)
-            self.graph.replay() if self.graph and steps == self.CHUNK else self.launch(steps)
-            done += steps
-            if done < total and not recording and self.errors[2].sum().item() <= self.tol:
-                break
-        self.used = True
-        # Cloned, it is aligned: however many steps were done, the kernels that follow are the same.
-        return self.p[done % 2 * self.n :][: self.n].clone() if self.same else self.p[self.n :]
+        return (mean_x - mean_y,)
 
-    def finish(self, rows: Tensor, cols: Tensor, log_w: Tensor, p: Tensor, need: bool) -> tuple:
+    def chunk(self) -> tuple:
+        """The next half-steps; returns the error that is left."""
+        few = self.programs == 1
+        steps = (
+            self.limit + self.limit % 2 if few else self.CHUNK
+        )  # even: the last p of a self problem is p[:n]
+        buffers = self.z, self.products, self.log_w, self.p, self.errors, self.counts, self.scale
+        sizes, launch = (self.n, self.m, self.tol), triton_sinkhorn()[0][(self.programs,)]
+        kernel = self.same, self.d, self.kept, *self.tile, block_of(self.d), self.precision
+        at_once, options = steps if few else 1, {"num_warps": 4, "num_stages": 2}
+        for first in range(0, steps, at_once):
+            launch(*buffers, *sizes, first, at_once, self.limit, *kernel, **options)
+        self.errors[:3] = self.errors[self.CHUNK :].clone()
+        self.counts[0] += self.CHUNK
+        return (self.errors[2].sum(),)
+
+    def conclude(self, t, a, b, eps) -> tuple:
+        """The entries of a Plan."""
+        n, x, y = self.n, self.z[: self.n], self.z[-self.m :]
+        v = self.p[:n] if self.same else self.p[n:]
+        u, p_y = self.finish(x, y, self.products[0], self.log_w[-self.m :], v, self.need[0])
+        again, p_x = self.finish(y, x, self.products[-1], self.log_w[:n], u, self.need[1])
+        unit, x2, y2 = eps * math.log(2), x.square().sum(1) / 2, y.square().sum(1) / 2
+        f, g, error = unit * u + x2, unit * v + y2, b @ ((v - again).exp2() - 1).abs()
+        value = a @ f + b @ g + (a @ x - b @ y) @ t + t @ t / 2
+        grad_x = p_y.neg_().add_(x).add_(t).mul_(a[:, None]) if self.need[0] else None
+        grad_y = p_x.neg_().add_(y).sub_(t).mul_(b[:, None]) if self.need[1] else None
+        products = ((grad_x, x), (grad_y, y)) if all(self.need) else ()
+        moved = (sum(p.flatten() @ q.flatten() for p, q in products) + t @ t) / 2 if products else None
+        f, g = f + x @ t + t @ t / 2, g - y @ t
+        shift = (b @ g - a @ f) / 2
+        count = self.counts[1].clone() if self.same else (self.counts[1] + 1) // 2
+        return f + shift, g - shift, value, moved, grad_x, grad_y, error, count
+
+    def finish(self, rows, cols, products, log_w, p, need: bool) -> tuple[Tensor, Tensor]:
         """(3) for all rows, (n,), and, if there is need of it, the means of the columns (n, d)."""
-        out_d = (16 if self.d <= 16 else 64 if self.d <= 64 else 128) if need else 0
+        out_d = (block_of(self.d) if self.d <= 64 else 128) if need else 0
         out, means = torch.empty_like(rows[:, 0]), torch.empty_like(rows) if need else rows
         grid = -(-len(rows) // 32), -(-self.d // out_d) if need else 1
         # With these blocks, warps and stages the compiler keeps all in registers (tests/test_triton.py).
-        options = {"num_warps": 8 if out_d > 64 else 4, "num_stages": 1}
-        launch, sizes = triton_sinkhorn()[1][grid], (len(rows), len(cols), self.d, 32, 16, out_d)
-        launch(rows, cols, log_w, p, out, means, self.scale, *sizes, self.precision, **options)
+        options = {"num_warps": 8 if out_d > 64 else 4, "num_stages": 2}
+        sizes = len(rows), len(cols), self.d, self.kept, 32, 64, block_of(self.d), out_d
+        launch = triton_sinkhorn()[1][grid]
+        launch(rows, cols, products, log_w, p, out, means, self.scale, *sizes, self.precision, **options)
         return out, means
 
+    def play(self, part: Callable[..., tuple], *inputs: Tensor | None) -> tuple:
+        """Do a part, or replay its graph, which reads copies of the inputs and overwrites its results."""
+        name = part.__name__
+        if self.graphs is None or name not in self.used:
+            self.used.add(name)
+            return part(*inputs)
+        if name not in self.graphs:
+            graph, places = torch.cuda.CUDAGraph(), [v if v is None else v.detach().clone() for v in inputs]
+            options = {"pool": self.pool, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(graph, stream=side_stream(self.z.device), **options):
+                results = part(*places)
+            self.graphs[name] = graph, places, results
+        graph, places, results = self.graphs[name]
+        for place, value in zip(places, inputs):
+            if value is not None:
+                place.copy_(value)
+        graph.replay()
+        return results
 
-triton_loop = lru_cache(maxsize=16)(TritonLoop)  # of the sizes used last
+    def run(self, x, y, a, b, eps, start) -> Plan:
+        """Solve the problem."""
+        recording = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        (t,) = self.play(self.prepare, x, y, a, b, eps, start)
+        chunks = 1 if self.programs == 1 else -(-self.limit // self.CHUNK)
+        for k in range(chunks):
+            (error,) = self.play(self.chunk)
+            if k < chunks - 1 and not recording and error.item() <= self.tol:
+                break
+        plan = self.play(self.conclude, t, a, b, eps)
+        return Plan(*(v if v is None or self.graphs is None else v.clone() for v in plan))
+
+
+triton_loop = lru_cache(maxsize=12)(TritonLoop)  # of the problems met last
+side_stream = cache(torch.cuda.Stream)  # of a device, to record on; torch's own is of the first that recorded
+
+
+def block_of(d: int) -> int:
+    """How many coordinates the kernels take at once."""
+    return 16 if d <= 16 else 64 if 32 < d <= 64 else 32
 
 
 def triton_transport(x, y, eps, a, b, tol, max_iterations, start, need, same) -> Plan:
     """transport by the kernels. Errors and counts are tensors, and eps may be one: no step waits for them."""
-    n, recording = len(x), x.is_cuda and torch.cuda.is_current_stream_capturing()
-    make = TritonLoop if recording or n + len(y) > 2**15 else triton_loop  # a graph has memory of its own
-    options = same, tol / 2, x.device, dot_precision(x)  # tol / 2: over-relaxed rows are not exact
-    loop = make(n, len(y), x.shape[1], *options)
-    mean_x, mean_y = a @ x, b @ y
-    torch.sub(x, mean_x, out=loop.z[:n])
-    torch.sub(y, mean_y, out=loop.z[-len(y) :])
-    t, x, y, a, b = mean_x - mean_y, loop.z[:n], loop.z[-len(y) :], a.clamp(min=1e-18), b.clamp(min=1e-18)
-    x2, y2 = x.square().sum(1) / 2, y.square().sum(1) / 2
-    scale = loop.scale.fill_(math.log2(math.e)).div_(eps)
-    loop.log_w[:n], loop.log_w[-len(y) :] = a.log2(), b.log2()
-    loop.p[: -len(y)] = 0
-    (loop.p[:n] if same else loop.p[n:]).copy_(-scale * y2 if start is None else scale * (start - y2))
-    v = loop.run(max_iterations)
-    u, p_y = loop.finish(x, y, loop.log_w[-len(y) :], v, need[0])
-    again, p_x = loop.finish(y, x, loop.log_w[:n], u, need[1])
-    f, g, error = eps * math.log(2) * u + x2, eps * math.log(2) * v + y2, b @ ((v - again).exp2() - 1).abs()
-    value = a @ f + b @ g + (a @ x - b @ y) @ t + t @ t / 2
-    grad_x = p_y.neg_().add_(x).add_(t).mul_(a[:, None]) if need[0] else None
-    grad_y = p_x.neg_().add_(y).sub_(t).mul_(b[:, None]) if need[1] else None
-    products = ((grad_x, x), (grad_y, y)) if all(need) else ()
-    moved = (sum(p.flatten() @ q.flatten() for p, q in products) + t @ t) / 2 if products else None
-    f, g = f + x @ t + t @ t / 2, g - y @ t
-    shift, count = (b @ g - a @ f) / 2, loop.counts[1] if same else (loop.counts[1] + 1) // 2
-    return Plan(f + shift, g - shift, value, moved, grad_x, grad_y, error, count.clone())
+    (n, d), m = x.shape, len(y)
+    eps = eps.detach().to(x).view(()) if isinstance(eps, Tensor) else x.new_full((), eps)
+    # tol / 2, as over-relaxed rows are not exact.
+    options = same, need, start is not None, tol / 2, max_iterations, x.device, dot_precision(x)
+    recording = x.is_cuda and torch.cuda.is_current_stream_capturing()  # that graph has memory of its own
+    with torch.inference_mode(False), torch.no_grad():  # buffers of inference could not be used in training
+        if recording or n * m > KEPT or (n + m) * d > KEPT // 2:
+            loop = TritonLoop(n, m, d, *options, graphs=False)
+        else:
+            loop = triton_loop(n, m, d, *options)
+        return loop.run(x.detach(), y.detach(), a.clamp(min=1e-18), b.clamp(min=1e-18), eps, start)
 
 
 def takes_triton(x: Tensor, road: str) -> bool:
@@ -1847,6 +1919,7 @@ def train(args: Args) -> Path:
     args = resumed_args(args, checkpoint["args"]) if checkpoint else args
     device = pick_device(args.device)
     join_processes(args, device)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
     for seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -1890,7 +1963,7 @@ def train(args: Args) -> Path:
     def distance(loss: str, h_real: Tensor, h_fake: Tensor) -> Tensor:
         # Of features (b, d). epsilon is relative, as features have no scale of their own.
         unit = mean_cost(h_real.detach(), h_fake.detach(), args.cost)
-        eps = args.epsilon * (unit if recorded.enabled else unit.item())
+        eps = args.epsilon * (unit if recorded.enabled or unit.is_cuda else unit.item())
         if not recorded.enabled and not 0 < eps < math.inf:
             run.log({"mean_cost": eps or math.nan})  # ends the run
         options = {"cost": args.cost, "max_iterations": args.max_iterations, "tol": args.tolerance}

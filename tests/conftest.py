@@ -69,6 +69,7 @@ def tiny_mnist(tmp_path_factory) -> Path:
 def environment(changes: dict | None) -> dict:
     """This process's environment with changes; None takes a variable away."""
     env = {"OMP_NUM_THREADS": str(THREADS)} | os.environ | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}
+    env |= {"CUDA_VISIBLE_DEVICES": ""}  # see no_gpu_but_for_its_tests
     # A W&B service that this process has started writes to paths that are relative to this one's folder.
     env |= {"WANDB_SERVICE": None} | (changes or {})
     return {name: value for name, value in env.items() if value is not None}
@@ -115,6 +116,13 @@ def few_pixels(request, monkeypatch):
         scripts = [sys.modules[path.stem] for path in ROOT.glob("*.py") if path.stem in sys.modules]
         for script in scripts:
             monkeypatch.setattr(script, "plot_curves", draw_few_pixels)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_but_for_its_tests(request, monkeypatch):
+    """A machine's GPU is for the tests with the mark `gpu`: the others compare runs of the CPU."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(autouse=True)

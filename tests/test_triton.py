@@ -1,6 +1,5 @@
 """Triton's kernels: in the interpreter and on a GPU against float64, and compiled without a GPU.
 
-
 The interpreter is a mode of a whole process, so its cases run as commands: `python tests/test_triton.py mmd`.
 """
 
@@ -22,11 +21,12 @@ import sinkhorn_gan
 
 pytest.importorskip("triton", reason="Triton is there for Linux only")
 
-# n, m, d, options. Strips are of 32 rows, tiles of 64 x 64, coordinates in blocks of 16, 32, 64 and 128.
+# n, m, d, options. Strips are of 8 to 64 rows, tiles of 64 to 256 columns, blocks of 16 to 128 coordinates.
 MMD = {
     "one point": (1, 1, 1, {"unbiased": False}),
     "odd sizes": (5, 37, 3, {"bandwidths": (0.7, 1.1, 5.0), "weights": (1.0, 0.5, 2.0)}),
     "several tiles": (70, 33, 17, {"bandwidths": (8.0, 4.0, 2.0, 1.0, 0.5)}),
+    "all coordinates at once": (40, 33, 40, {}),
     "rational quadratic": (9, 4, 17, {"kernel": "rational_quadratic", "bandwidths": (0.2, 1.0, 5.0)}),
     "bounded": (12, 9, 3, {"bounds": (0.5, 4.0), "unbiased": False, "wanted": "y"}),
     "images": (2, 3, 784, {"bandwidths": (14.0, 28.0, 56.0), "wanted": "x"}),
@@ -35,7 +35,7 @@ SINKHORN = {
     "one point": (1, 1, 1, {}),
     "odd sizes": (5, 9, 3, {}),
     "weights": (20, 13, 17, {"weighted": True}),
-    "many programs": (97, 40, 2, {"eps": 2.0}),
+    "several programs and chunks": (130, 3, 2, {"eps": 0.1}),
     "cosine": (6, 7, 17, {"cost": "cosine", "wanted": "y"}),
     "images": (3, 2, 784, {"eps": 2.0, "wanted": "x"}),
 }
@@ -79,7 +79,20 @@ def mmd_errors(n: int, m: int, d: int, options: dict, device: str = "cpu") -> li
 
 
 def sinkhorn_errors(n: int, m: int, d: int, options: dict, device: str = "cpu") -> list[float]:
-    """Errors of sinkhorn_divergence by Triton, and of its gradients, against float64."""
+    """Errors of sinkhorn_divergence by Triton, and of its gradients, against float64; with products of the
+    points that are kept and, if there is no matrix, without."""
+    errors = kept_errors(n, m, d, options, device)
+    kept, sinkhorn_gan.KEPT = sinkhorn_gan.KEPT, 0
+    sinkhorn_gan.triton_loop.cache_clear()
+    try:
+        return errors + kept_errors(n, m, d, options, device)
+    finally:
+        sinkhorn_gan.KEPT = kept
+        sinkhorn_gan.triton_loop.cache_clear()
+
+
+def kept_errors(n: int, m: int, d: int, options: dict, device: str) -> list[float]:
+    """sinkhorn_errors with products that are kept for up to sinkhorn_gan.KEPT pairs."""
     x, y = points(n, m, d, device)
     options = options.copy()
     wanted = options.pop("wanted", "xy")
@@ -128,17 +141,28 @@ def interpret(loss: str) -> None:
 # Compiled ahead of time
 
 
-MEANS, GRADIENT = {"KIND": "chain", "UNBIASED": True, "BLOCK": 64}, {"KIND": "chain", "UNBIASED": True}
+CHAIN = {"KIND": "chain", "PARTS": 5, "UNBIASED": True}
+ITERATE = {"SELF": False, "IS_KEPT": False, "COLS": 64}
+FINISH = {"IS_KEPT": False, "BLOCK": 32, "COLS": 64}
 LAUNCHES = [  # the largest forms of the kernels that are launched: kernel, its constants, warps
-    ("means", MEANS | {"BLOCK_D": 32}, 4),
-    ("gradient", GRADIENT | {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": 16, "KIND": "gaussian"}, 8),
-    ("gradient", GRADIENT | {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": 64}, 4),
-    ("gradient", GRADIENT | {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": 128}, 8),
-    ("iterate", {"SELF": False, "BLOCK": 64, "BLOCK_D": 16}, 4),
-    ("finish", {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": 64}, 4),
-    ("finish", {"BLOCK": 32, "BLOCK_D": 16, "OUT_D": 128}, 8),
+    ("means", CHAIN | {"D": 784, "BLOCK": 64, "BLOCK_D": 32}, 4),
+    ("gradient", CHAIN | {"D": 16, "BLOCK": 32, "BLOCK_D": 16, "OUT_D": 16}, 2),
+    ("gradient", CHAIN | {"D": 32, "BLOCK": 32, "BLOCK_D": 32, "OUT_D": 32, "KIND": "gaussian"}, 2),
+    ("gradient", CHAIN | {"D": 64, "BLOCK": 32, "BLOCK_D": 64, "OUT_D": 64}, 4),
+    ("gradient", CHAIN | {"D": 784, "BLOCK": 32, "BLOCK_D": 32, "OUT_D": 128}, 8),
+    ("iterate", ITERATE | {"D": 64, "BLOCK": 32, "BLOCK_D": 64}, 4),
+    ("iterate", ITERATE | {"D": 784, "BLOCK": 32, "BLOCK_D": 32}, 4),
+    ("iterate", ITERATE | {"D": 784, "BLOCK": 16, "BLOCK_D": 32, "COLS": 256, "IS_KEPT": True}, 4),
+    (
+        "iterate",
+        ITERATE | {"D": 64, "BLOCK": 32, "BLOCK_D": 64, "COLS": 128, "IS_KEPT": True, "SELF": True},
+        4,
+    ),
+    ("finish", FINISH | {"D": 64, "BLOCK_D": 64, "OUT_D": 64}, 4),
+    ("finish", FINISH | {"D": 784, "BLOCK_D": 32, "OUT_D": 128}, 8),
+    ("finish", FINISH | {"D": 784, "BLOCK_D": 32, "OUT_D": 128, "IS_KEPT": True}, 8),
 ]
-INTEGERS = ["n", "m", "d", "parts", "first", "steps"]
+INTEGERS = ["n", "m", "first", "steps", "limit"]
 
 
 def resources(kernel, constants: dict, warps: int, capability: int) -> str:
@@ -152,8 +176,13 @@ def resources(kernel, constants: dict, warps: int, capability: int) -> str:
     kinds |= {"counts": "*i32"} | dict.fromkeys((*constants, "PRECISION"), "constexpr")
     signature = {name: kinds.get(name, "*fp32") for name in names}
     values = {(names.index(name),): value for name, value in (constants | {"PRECISION": "tf32x3"}).items()}
-    target, options = GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": 1}
-    compiled = triton.compile(ASTSource(kernel, signature, values), target=target, options=options)
+    # As at a launch, where pointers, and sizes that are a multiple of it, are known to be divisible by 16.
+    even = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in ("n", "m")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in even}
+    source = ASTSource(kernel, signature, values, attributes)
+    target, options = GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": 2}
+    compiled = triton.compile(source, target=target, options=options)
+    assert compiled.metadata.shared <= 99 * 1024  # what a block may have on a GPU that one buys
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -239,7 +268,8 @@ def test_buffers_are_float32_whatever_the_default():
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float64)
-        loop = sinkhorn_gan.TritonLoop(3, 4, 2, False, 1e-3, torch.device("cpu"), "ieee")
+        options = False, (True, True), False, 1e-3, 10, torch.device("cpu"), "ieee"
+        loop = sinkhorn_gan.TritonLoop(3, 4, 2, *options)
         table, _ = mmd_gan.mixture_table((0.123,), (1.0,), "gaussian", torch.device("cpu"))
     finally:
         torch.set_default_dtype(before)
