@@ -1049,9 +1049,8 @@ class TritonLoop:
     def chunk(self) -> tuple:
         """The next half-steps; returns the error that is left."""
         few = self.programs == 1
-        steps = (
-            self.limit + self.limit % 2 if few else self.CHUNK
-        )  # even: the last p of a self problem is p[:n]
+        # Even, so that the last p of a self problem is p[:n].
+        steps = self.limit + self.limit % 2 if few else self.CHUNK
         buffers = self.z, self.products, self.log_w, self.p, self.errors, self.counts, self.scale
         sizes, launch = (self.n, self.m, self.tol), triton_sinkhorn()[0][(self.programs,)]
         kernel = self.same, self.d, self.kept, *self.tile, block_of(self.d), self.precision
