@@ -1,14 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "torch>=2.6",
-#     "torchvision>=0.21",
-#     "tyro>=1.0",
-#     "wandb>=0.30",
-#     "numpy>=1.26",
-#     "tqdm>=4.66",
-#     "matplotlib>=3.8",
-#     "scikit-learn>=1.4",
+#     "torch>=2.6", "torchvision>=0.21", "tyro>=1.0.17", "wandb>=0.30", "numpy>=1.26", "tqdm>=4.66",
+#     "matplotlib>=3.8", "scikit-learn>=1.4",
 # ]
 # ///
 """Sinkhorn GAN: a generator that moves its samples to the data along the cheapest plan, smoothed by entropy.
@@ -39,11 +33,9 @@ import atexit
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import os
-import random
 import signal
 import sys
 import tempfile
@@ -168,7 +160,7 @@ class Args:
     """folder for --generate"""
 
     def __post_init__(self) -> None:
-        if not self.resume:  # else what was not given is taken from the run
+        if self.resume is None:  # else what was not given is taken from the run
             defaults = DEFAULTS.get(self.dataset, IMAGES)
             if self.critic == "fixed" and self.dataset not in TOYS:
                 defaults = defaults | FIXED
@@ -176,34 +168,32 @@ class Args:
                 setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
             self.cost = COSTS[self.critic] if self.cost is None else self.cost
             self.eval_every = math.ceil(self.num_steps / 5) if self.eval_every is None else self.eval_every
-        above_zero = "num_steps batch_size latent_dim channels feature_dim critic_every eval_every log_every"
-        limits = dict.fromkeys(f"{above_zero} max_iterations".split(), (1, math.inf))
-        limits |= dict.fromkeys(("lr_generator", "lr_critic", "epsilon", "tolerance"), (1e-12, 1e38))
-        limits |= dict.fromkeys(("ema_decay", "lr_decay"), (0, 1)) | {"beta1": (0, 0.999999)}
-        limits |= {"seed": (0, 2**32 - 1)}
-        limits |= dict.fromkeys(("generate", "num_eval_samples"), (0, 1e38))
-        for name, (low, high) in limits.items():
-            value, option = getattr(self, name), "--" + name.replace("_", "-")
-            if value is not None and not low <= value <= high:
-                bounded = f"in [{low}, {high}]" if high < 1e38 else "finite and at least 0"
-                wanted = "positive" if low > 0 else bounded
-                raise ValueError(f"{option} must be {wanted}, not {value}")
+        positive = "num_steps batch_size latent_dim channels feature_dim critic_every eval_every log_every"
+        for names, wanted, fits in (
+            (f"{positive} lr_generator lr_critic", "positive", lambda v: 0 < v < math.inf),
+            ("max_iterations epsilon tolerance", "positive", lambda v: 0 < v < math.inf),
+            ("generate", "in [0, inf)", lambda v: 0 <= v < math.inf),
+            ("num_eval_samples", "0 or at least 10", lambda v: v == 0 or 10 <= v < math.inf),
+            ("ema_decay lr_decay", "in [0, 1]", lambda v: 0 <= v <= 1),
+            ("beta1", "in [0, 1)", lambda v: 0 <= v < 1),
+            ("seed", "in [0, 2^32)", lambda v: 0 <= v < 2**32),
+        ):
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not fits(value):
+                    raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
         halves = self.loss == "minibatch-energy" or (self.critic == "learned" and self.repulsive)
         if halves and self.batch_size is not None and self.batch_size % 2:
             raise ValueError(f"--batch-size must be even for two independent halves, not {self.batch_size}")
         if self.unroll and self.loss == "minibatch-energy":
             raise ValueError("--unroll: in --loss minibatch-energy no gradient flows through the plan")
-        if self.resume == "":
-            raise ValueError("--resume must name a run folder")
-        if 0 < self.num_eval_samples < 10:
-            raise ValueError(f"--num-eval-samples must be 0 or at least 10, not {self.num_eval_samples}")
-        if not self.generate and (self.checkpoint, self.out) != (None, None):
-            raise ValueError("--checkpoint and --out are for samples: give --generate as well")
+        if not bool(self.generate) == bool(self.checkpoint) == bool(self.out):
+            raise ValueError("--generate, --checkpoint <run>/checkpoint.pt and --out <folder> go together")
 
 
 def fail(message: str) -> NoReturn:
     """Say in one line what is wrong and what to do about it, and leave with exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    tqdm.write(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -227,30 +217,21 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> tuple[Tensor, T
         # The file is in the order of its writers; mix them, always in the same way.
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
         images, labels = images[order], torch.from_numpy(labels).long()[order]
-        parts = [images[:1437], labels[:1437], images[1437:], labels[1437:]]
+        x, y, x_eval, y_eval = images[:1437], labels[:1437], images[1437:], labels[1437:]
     else:
-        name = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}[dataset]
-        import torchvision
+        from torchvision import datasets
 
-        raw = Path(data_dir) / name / "raw"
-        files = [f"{a}-{b}-ubyte" for a in ("train", "t10k") for b in ("images-idx3", "labels-idx1")]
-        present = all((raw / file).is_file() for file in files)
+        name = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}[dataset]
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                make = getattr(torchvision.datasets, name)
-                sets = [make(data_dir, train=train, download=not present) for train in (True, False)]
-            parts = [v for s in sets for v in (s.data, s.targets.long())]
-            for images, labels in (parts[:2], parts[2:]):
-                if images.shape != (len(labels), 28, 28) or not len(labels) or labels.max() > 9:
-                    raise ValueError(f"images {tuple(images.shape)}, labels {tuple(labels.shape)}")
+            sets = [getattr(datasets, name)(data_dir, train, download=True) for train in (True, False)]
+            for s in sets:
+                if s.data.shape != (len(s.targets), 28, 28) or not len(s.targets):
+                    raise ValueError(f"images {tuple(s.data.shape)}, labels {tuple(s.targets.shape)}")
         except Exception as error:
-            if present:
-                fail(f"{raw} holds damaged files ({error!r:.200}); delete them to download {dataset} again")
-            fail(
-                f"{dataset} is not in {raw} and cannot be downloaded ({error!s:.200}); put its IDX files "
-                "there, name their place with --data-dir, or take --dataset digits, which needs no download"
-            )
-    x, y, x_eval, y_eval = parts
+            where = f"{dataset} is missing or damaged in {Path(data_dir) / name / 'raw'} ({error!r:.200})"
+            other = "name another folder with --data-dir, or take --dataset digits, which needs no download"
+            fail(f"{where}; delete damaged files there to download it again, {other}")
+        x, y, x_eval, y_eval = (v for s in sets for v in (s.data, s.targets))
     if eval_split == "validation":
         n = len(x) * 5 // 6
         x, y, x_eval, y_eval = x[:n], y[:n], x[n:], y[n:]
@@ -396,11 +377,8 @@ DENSE = 2**26  # pairs, up to which the kernel is kept as one matrix: 256 MB of 
 BLOCK = 2**20  # pairs in a block of rows on the road that keeps no matrix: 4 MB of float32
 RANGE = 40.0  # log2 of the scalings for which float32, which ends at 2^-126, has room
 MEMORY = 5  # steps that the extrapolation looks back on
-COARSE, COOLING, LOOSE = (
-    0.0125,
-    4.0,
-    3e-3,
-)  # anneal from eps = COARSE mean(C) by COOLING, to this error at each
+# Anneal from eps = COARSE mean(C) by COOLING, to the error LOOSE at each.
+COARSE, COOLING, LOOSE = 0.0125, 4.0, 3e-3
 NEAR = 0.02  # marginal error up to which potentials to start from need no annealing
 STEPS = 1 / (1.5 + 8**-0.5), 1 / (1.5 - 8**-0.5)  # of a self problem, see iterate_self
 
@@ -1196,35 +1174,27 @@ def dot_precision(x: Tensor) -> str:
 # Evaluation
 
 
-class Judge(nn.Module):
-    """The classifier in whose 128 features images are compared."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(
-            *(nn.Conv2d(1, 32, 5, 2, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
-            *(nn.Conv2d(32, 64, 5, 2, 2, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
-            *(nn.Flatten(), nn.Linear(64 * 49, 128), nn.ReLU()),
-        )
-        self.head = nn.Linear(128, 10)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (b, 128) and class logits (b, 10) of images (b, 1, 28, 28) in [-1, 1]."""
-        features = self.body(images)
-        return features, self.head(features)
+def make_judge() -> nn.Sequential:
+    """Images (b, 1, 28, 28) to class logits (b, 10). Compared are the 128 inputs of the last layer."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 32, 5, 2, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Conv2d(32, 64, 5, 2, 2, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(64 * 49, 128), nn.ReLU()),
+        nn.Linear(128, 10),
+    )
 
 
-def train_judge(images: Tensor, labels: Tensor, epochs: int = 4, batch_size: int = 128) -> Judge:
+def train_judge(images: Tensor, labels: Tensor, epochs: int = 4, batch_size: int = 128) -> nn.Sequential:
     """A judge trained on images (n, 28, 28) uint8 and labels (n,), from seed 0; leaves torch's alone."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([images.device] * images.is_cuda):
         torch.manual_seed(0)
-        judge = Judge().to(images.device)
+        judge = make_judge().to(images.device)
         optimizer = torch.optim.Adam(judge.parameters())
         steps = epochs * math.ceil(len(images) / batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
         for _ in range(epochs):
             for index in torch.randperm(len(images), device=images.device).split(batch_size):
-                loss = F.cross_entropy(judge(to_float(images[index]))[1], labels[index], label_smoothing=0.05)
+                loss = F.cross_entropy(judge(to_float(images[index])), labels[index], label_smoothing=0.05)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -1232,25 +1202,25 @@ def train_judge(images: Tensor, labels: Tensor, epochs: int = 4, batch_size: int
     return judge.eval().requires_grad_(False)
 
 
-def load_judge(args, images: Tensor, labels: Tensor) -> tuple[Judge, str]:
+def load_judge(args, images: Tensor, labels: Tensor) -> tuple[nn.Sequential, str]:
     """The judge of these training images, from --run-dir if it is there, and the hash of its weights."""
     data = hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()[:12]
     path = Path(args.run_dir) / f"judge__{args.dataset}__{data}.pt"
-    judge = Judge().to(images.device).eval().requires_grad_(False)
+    judge = make_judge().to(images.device).eval().requires_grad_(False)
     try:
         judge.load_state_dict(torch.load(path, map_location=images.device, weights_only=True))
     except Exception:  # not there yet, or damaged
         print(f"training the judge of the images, once; it is kept in {path}", flush=True)
         judge = train_judge(images, labels)
-        write_file(path, judge.state_dict())
+        write_file(path, partial(torch.save, judge.state_dict()))
     weights = b"".join(v.cpu().numpy().tobytes() for v in judge.state_dict().values())
     return judge, hashlib.sha256(weights).hexdigest()[:12]
 
 
-def judge_images(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
+def judge_images(judge: nn.Sequential, images: Tensor) -> tuple[Tensor, Tensor]:
     """Features and logits of images, uint8 (n, 28, 28) or float (n, 1, 28, 28), in blocks of 1,000."""
-    blocks = [judge(to_float(b) if b.dtype == torch.uint8 else b) for b in images.split(1000)]
-    return torch.cat([f for f, _ in blocks]), torch.cat([z for _, z in blocks])
+    blocks = [judge[:-1](to_float(b) if b.dtype == torch.uint8 else b) for b in images.split(1000)]
+    return torch.cat(blocks), torch.cat([judge[-1](features) for features in blocks])
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
@@ -1275,7 +1245,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     return share_within(fake, real), share_within(real, fake)
 
 
-def image_metrics(judge: Judge, fake: Tensor, real: Tensor, labels: Tensor) -> dict:
+def image_metrics(judge: nn.Sequential, fake: Tensor, real: Tensor, labels: Tensor) -> dict:
     """Metrics of images fake (m, ...) against real (n, 28, 28) and the classes labels (l,), by the judge."""
     f_fake, logits = judge_images(judge, fake)
     f_real, _ = judge_images(judge, real)
@@ -1345,56 +1315,41 @@ def draw_samples(generator: nn.Module, latent_dim: int, count: int, seed: int, d
 # Run folder and tracking
 
 
-def write_file(path: Path, content: str | bytes | dict) -> None:
-    """Write text, bytes or, by torch.save, a state beside the file and rename: nobody sees half a file."""
-    if isinstance(content, dict):
-        torch.save(content, buffer := io.BytesIO())
-        content = buffer.getvalue()
+def write_file(path: Path, content: str | Callable) -> None:
+    """Write text, or what content(file) writes, beside the file and rename: nobody sees half a file."""
     beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    with beside.open("wb") as file:
+        file.write(content.encode()) if isinstance(content, str) else content(file)
     os.replace(beside, path)
 
 
 @contextlib.contextmanager
 def new_folder(name: str) -> Iterator[Path]:
-    """A folder to fill for --out, which takes that name at the end: nobody sees half of it."""
+    """A new folder of that name, which appears when it is full: nobody sees half of it."""
     out = Path(name)
     if out.exists():
         fail(f"--out {out} exists; name a new folder")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
-            (folder := Path(beside, out.name)).mkdir()
-            yield folder
-            os.replace(folder, out)
-    except OSError as error:
-        fail(f"cannot write --out {out} ({error.strerror}); name a place where you may write")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
+        (folder := Path(beside, out.name)).mkdir()
+        yield folder
+        os.replace(folder, out)
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, if there is one, without any that a crash or a full disk has cut off."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def load_checkpoint(path: Path, script: str) -> dict:
+def load_checkpoint(path: Path) -> dict:
     """A checkpoint of this script, on the CPU. Code in it is not run; what is wrong is said in one line."""
     if not path.is_file():
         fail(f"there is no checkpoint {path}; a run folder that was saved holds a checkpoint.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        origin, options = state["script"], state["args"].keys()
     except Exception as error:
-        fail(f"checkpoint {path} is damaged, or holds code, which is never run ({error!r:.80})")
-    if not isinstance(state, dict) or state.get("script") != script:
-        other = state.get("script") if isinstance(state, dict) else None
-        fail(f"checkpoint {path} comes from {other or 'another program'}, not from {script}")
-    if missing := {"args", "step", "seconds", "rng", "averaged"} - state.keys():
-        fail(f"checkpoint {path} is damaged: it has no {', '.join(sorted(missing))}")
-    if unknown := state["args"].keys() - Args.__dataclass_fields__.keys():
-        fail(f"checkpoint {path} is of another version: this {script} has no {', '.join(sorted(unknown))}")
+        fail(f"checkpoint {path} is damaged, not a run's, or holds code, which is never run ({error!r:.80})")
+    if origin != SCRIPT:
+        fail(f"checkpoint {path} comes from {origin}, not from {SCRIPT}")
+    unknown = sorted(options - Args.__dataclass_fields__.keys())
+    if unknown or "rows" not in state:
+        fail(f"checkpoint {path} is of another version of {SCRIPT}, with {', '.join(unknown) or 'no rows'}")
     return state
 
 
@@ -1420,8 +1375,8 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_wandb() -> None:
-    """Leave with one line unless W&B is installed and either logged in to or offline."""
+def start_wandb(args, name: str):
+    """A W&B run of that name, which goes on if there is one; without a login it leaves with one line."""
     try:
         import wandb
     except ImportError:
@@ -1429,14 +1384,9 @@ def check_wandb() -> None:
     online = os.environ.get("WANDB_MODE", wandb.setup().settings.mode) == "online"
     if online and not wandb.login(prompt=False, verify=False):
         fail("--track: you are not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
-
-
-def start_wandb(args, name: str, run_id: str | None):
-    """A W&B run, going on with run_id if given; an offline one if W&B is out of reach."""
-    import wandb
-
-    options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": run_id}
+    options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": name}
     options |= {"resume": "allow", "config": vars(args), "dir": args.run_dir}
+    Path(args.run_dir).mkdir(parents=True, exist_ok=True)
     try:
         return wandb.init(**options)
     except Exception as error:
@@ -1445,60 +1395,54 @@ def start_wandb(args, name: str, run_id: str | None):
         return wandb.init(**options, mode="offline")
 
 
-def plot_curves(folder: Path) -> None:
-    """curves.png: every scalar of metrics.jsonl against the step; none of a run stopped before its first."""
+def plot_curves(folder: Path, rows: list[dict]) -> None:
+    """curves.png: every scalar of the rows of metrics.jsonl against the step; of no rows, nothing."""
     from matplotlib.figure import Figure
 
-    rows = read_rows(folder / "metrics.jsonl")
-    if not rows:
-        return
     names = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list))
-    names.pop("step")
+    if names.pop("step", ...) is ...:
+        return
     height = math.ceil(len(names) / 4)
     figure = Figure(figsize=(14, 2.6 * height))
     # By hand: a layout engine would draw all of it twice.
     figure.subplots_adjust(0.05, 0.2 / height, 0.99, 1 - 0.12 / height, 0.25, 0.5)
-    for place, name in enumerate(names):
-        axes = figure.add_subplot(height, 4, place + 1, title=name, xlabel="step")
+    for place, name in enumerate(names, 1):
+        axes = figure.add_subplot(height, 4, place, title=name, xlabel="step")
         points = [(row["step"], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points), marker="o" if len(points) < 20 else None, markersize=3)
         axes.grid(alpha=0.3)
-    figure.savefig(buffer := io.BytesIO(), format="png", dpi=70)
-    write_file(folder / "curves.png", buffer.getvalue())
+    write_file(folder / "curves.png", partial(figure.savefig, format="png", dpi=70))
 
 
-def save_picture(path: Path, samples: Tensor, data: Tensor) -> None:
-    """A PNG of 100 images (n, 1, 28, 28) in a square, or of points (n, 2) over points of the data (m, 2)."""
-    buffer = io.BytesIO()
-    if samples.dim() == 4:
-        from torchvision.utils import save_image
+def save_images(path: Path, images: Tensor) -> None:
+    """A PNG of images (n, 1, 28, 28) in [-1, 1], ten in a row."""
+    from torchvision.utils import save_image
 
-        save_image((samples[:100] + 1) / 2, buffer, format="png", nrow=10)
-    else:
-        from matplotlib.figure import Figure
+    write_file(path, partial(save_image, (images + 1) / 2, format="png", nrow=10))
 
-        figure = Figure(figsize=(5, 5), layout="constrained")
-        axes = figure.add_subplot(aspect="equal")
-        for points, name in ((data, "data"), (samples, "samples")):
-            axes.scatter(*points[:2500].cpu().T, s=3, alpha=0.4, label=name)
-        axes.legend(loc="upper right")
-        figure.savefig(buffer, format="png", dpi=70)
-    write_file(path, buffer.getvalue())
+
+def save_points(path: Path, samples: Tensor, data: Tensor) -> None:
+    """A PNG of 2,500 points (n, 2) over as many of the data (m, 2)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.add_subplot(aspect="equal")
+    for points, name in ((data, "data"), (samples, "samples")):
+        axes.scatter(*points[:2500].cpu().T, s=3, alpha=0.4, label=name)
+    axes.legend(loc="upper right")
+    write_file(path, partial(figure.savefig, format="png", dpi=70))
 
 
 def run_facts(device: torch.device) -> dict:
     """What results.json says of the machine: peak memory (of the process, on a CPU), device, versions."""
+    peak, name = 0, f"{device.type}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
-    else:
-        name = f"{device.type}, {torch.get_num_threads()} threads"
-        try:
-            import resource
+    elif os.name == "posix":  # Windows does not say
+        import resource
 
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kB, on macOS in bytes
-            peak *= 1 if sys.platform == "darwin" else 1024
-        except ImportError:  # Windows
-            peak = math.nan
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kB, on macOS in bytes
+        peak *= 1 if sys.platform == "darwin" else 1024
     versions = {"torch": torch.__version__, "torchvision": version("torchvision")}
     versions["python"] = sys.version.split()[0]
     return {"peak_memory_mb": round(peak / 1e6), "device": name, "versions": versions}
@@ -1508,43 +1452,25 @@ class Run:
     """A run: its folder, its steps, its checkpoints, and its twin at W&B."""
 
     quiet = None  # a bar where there is a terminal; with True there is none
+    agree: Callable[[int], int] = int  # where several processes run: the signal that came to any of them
     evaluate: Callable[[], dict]  # measures the networks as they are, and draws samples.png: set by train
 
-    def __init__(self, args, script: str, checkpoint: dict | None, device: torch.device):
-        self.args, self.script, self.checkpoint, self.device = args, script, checkpoint or {}, device
-        self.step, self.seconds = self.checkpoint.get("step", 0), self.checkpoint.get("seconds", 0.0)
-        self.first_step = self.last_saved = self.step
-        self.pending = self.checkpoint.get("pending")
+    def __init__(self, args, checkpoint: dict | None, device: torch.device):
+        self.args, self.checkpoint, self.device = args, checkpoint or {}, device
+        self.step = self.last_saved = self.checkpoint.get("step", 0)
+        self.rows, self.signal, self.stopped = self.checkpoint.get("rows", []), 0, 0
+        self.metrics = self.checkpoint.get("metrics", {})  # the latest; None where they are yet to be taken
         name = f"{args.exp_name}__{args.dataset}__{args.seed}__{int(time.time())}"
-        self.folder = Path(args.resume or Path(args.run_dir) / name)
-        results = self.folder / "results.json"
-        ended = results.exists() and json.loads(results.read_text())["steps"] >= args.num_steps
-        if self.step > args.num_steps or (self.checkpoint and ended):
+        self.folder = Path(args.run_dir) / name if args.resume is None else Path(args.resume)
+        ended = self.step == args.num_steps and (self.folder / "results.json").exists()
+        if self.step > args.num_steps or ended:
             fail(f"{args.resume} has done its {self.step} steps; give more of them with --num-steps")
-        if args.track:
-            check_wandb()
-        self.metrics_file = self.folder / "metrics.jsonl"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
-            # What an interrupted run wrote after its last checkpoint will be written again.
-            done = self.step - bool(self.pending)
-            rows = [row for row in read_rows(self.metrics_file) if row["step"] <= done]
-            write_file(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
-            write_file(self.folder / "args.json", json.dumps(vars(args), indent=2))
-        except OSError as error:
-            fail(f"cannot write the run folder {self.folder} ({error.strerror}); name another with --run-dir")
-        wandb_id = self.checkpoint.get("wandb_id")
-        self.wandb_run = start_wandb(args, self.folder.name, wandb_id) if args.track else None
-        self.wandb_id = self.wandb_run.id if self.wandb_run else wandb_id
-        self.parts, self.stopped, self.scalars, self.metrics = {}, [], {}, {}
-        # All that lacks may be results.json, from the last line of metrics.jsonl.
-        if self.step == args.num_steps and not self.pending:
-            last = rows[-1] if rows else {}
-            if last.get("step") != self.step:
-                fail(f"{self.metrics_file} lacks step {self.step}, the last; go on further with --num-steps")
-            names = [*last]
-            names = names[names.index("steps_per_second") :]
-            self.scalars, self.metrics = last, {name: last[name] for name in names[1:]}
+        self.wandb_run = start_wandb(args, self.folder.name) if args.track else None
+        self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
+        write_file(self.folder / "args.json", json.dumps(vars(args), indent=2))
+        # What an interrupted run has logged after its last checkpoint will be logged again.
+        done = self.rows if self.metrics is not None else self.rows[:-1]
+        write_file(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in done))
 
     def hold(self, **parts) -> None:
         """Networks and optimizers that a checkpoint holds; a resumed run's take their state from it."""
@@ -1556,111 +1482,96 @@ class Run:
             if self.device.type == "cuda" and self.checkpoint["rng_cuda"] is not None:
                 torch.cuda.set_rng_state(self.checkpoint["rng_cuda"], self.device)
 
-    def save(self, pending: dict | None = None) -> None:
-        """Write checkpoint.pt; pending are the scalars of a step that has yet to be evaluated."""
+    def save(self) -> None:
+        """Write checkpoint.pt."""
+        rng_cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {
-            "script": self.script,
-            "args": vars(self.args),
-            "step": self.step,
-            "rng": torch.get_rng_state(),
-        }
-        state["rng_cuda"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        state |= {"seconds": self.seconds + time.time() - self.start, "wandb_id": self.wandb_id}
-        state |= {"paused": self.checkpoint.get("paused", 0.0) + self.paused, "pending": pending}
-        try:
-            write_file(self.folder / "checkpoint.pt", state)
-        except OSError as error:
-            self.give_up(f"cannot write the checkpoint of step {self.step} ({error.strerror})")
+        state |= {"script": SCRIPT, "args": vars(self.args), "step": self.step, "rows": self.rows}
+        state |= {"metrics": self.metrics, "seconds": time.time() - self.start, "paused": self.paused}
+        state |= {"rng": torch.get_rng_state(), "rng_cuda": rng_cuda}
+        write_file(self.folder / "checkpoint.pt", partial(torch.save, state))
         self.last_saved = self.step
-
-    def give_up(self, why: str) -> NoReturn:
-        """Leave with one line, which names what can be resumed."""
-        self.bar.close()
-        good = f"{self.folder / 'checkpoint.pt'} of step {self.last_saved}" if self.last_saved else "none yet"
-        fail(f"{why}; last good checkpoint: {good}")
 
     def train_seconds(self) -> float:
         """Seconds of training up to now, before a resume too; evaluations do not count."""
-        before = self.seconds - self.checkpoint.get("paused", 0.0)
-        return before + time.time() - self.start - self.paused
+        return time.time() - self.start - self.paused
 
     def due(self, every: int) -> bool:
         """Whether what is done every so many steps, and after the last one, is to be done now."""
         return self.step % every == 0 or self.step == self.args.num_steps
 
     def stop(self, number: int, _) -> None:
-        """Take a signal: after the first one the step at hand is the last; the second one breaks it off."""
-        if self.stopped:
-            raise KeyboardInterrupt
-        self.stopped.append(number)
+        """Take a signal: the step at hand is the last one, and a second signal breaks it off."""
+        self.signal = number
+        if "WORLD_SIZE" not in os.environ:  # torchrun sends every signal again
+            signal.signal(number, signal.default_int_handler)
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to do. After Ctrl-C or SIGTERM the step at hand is the last, and saved."""
-        signals = signal.SIGINT, signal.SIGTERM
-        handlers = [signal.signal(s, self.stop) for s in signals]
-        total, self.start, self.paused = self.args.num_steps, time.time(), 0.0
-        look = {"disable": self.quiet, "dynamic_ncols": True}
-        self.bar = tqdm(total=total, initial=self.step, desc=self.script, **look)
+        handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.start = time.time() - self.checkpoint.get("seconds", 0.0)  # as if it had never been stopped
+        total, self.paused = self.args.num_steps, self.checkpoint.get("paused", 0.0)
+        self.bar = tqdm(total=total, initial=self.step, desc=SCRIPT, disable=self.quiet, dynamic_ncols=True)
         try:
-            if self.pending:  # the run was broken off while it was evaluated
-                self.log(self.pending)
+            if self.metrics is None:  # the run was broken off while it was evaluated
+                self.write_row()
                 self.save()
             while self.step < total and not self.stopped:
                 self.step += 1
                 yield self.step
                 self.bar.update()
+                self.stopped = self.agree(self.signal)
                 if self.stopped or self.due(self.args.eval_every):
                     self.save()
         finally:
             self.bar.close()
-            for number, handler in zip(signals, handlers):
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
 
     def log(self, scalars: dict[str, Tensor | float]) -> None:
-        """Write a step's scalars and, when it is due, evaluate() and the samples.png that it has drawn."""
-        evaluated = self.due(self.args.eval_every)
-        self.scalars = {name: torch.as_tensor(value).item() for name, value in scalars.items()}
-        finite = all(map(math.isfinite, self.scalars.values()))
+        """Log a step's scalars and, when it is due, the metrics and the samples.png of evaluate()."""
+        scalars = {name: torch.as_tensor(value).item() for name, value in scalars.items()}
+        evaluated, finite = self.due(self.args.eval_every), all(map(math.isfinite, scalars.values()))
         if evaluated:
             modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
             finite &= all(bool(v.isfinite().all()) for part in modules for v in part.state_dict().values())
         if not finite:
-            why = f"the loss is not finite at step {self.step}: {self.scalars}"
-            self.give_up(f"{why}; try lower learning rates")
-        if done := self.step - self.first_step:  # the scalars of a pending step have it already
-            self.scalars["steps_per_second"] = done / (time.time() - self.start - self.paused)
-        row, pictures = {"step": self.step} | self.scalars, {}
+            why = f"the loss is not finite at step {self.step}: {scalars}; try lower learning rates"
+            saved = f"{self.folder / 'checkpoint.pt'} of step {self.last_saved}"
+            fail(f"{why}; last good checkpoint: {saved if self.last_saved else 'none yet'}")
+        speed = {"steps_per_second": self.step / self.train_seconds()}
+        self.rows.append({"step": self.step} | scalars | speed)
         if evaluated:
-            self.save(pending=self.scalars)  # a run that is broken off in an evaluation loses nothing
+            self.metrics = None
+            self.save()  # a run that is broken off in an evaluation goes on with it
+        self.write_row()
+
+    def write_row(self) -> None:
+        """Write the last row to metrics.jsonl, W&B and the bar, with the metrics if they are to be taken."""
+        row, evaluated = self.rows[-1], self.metrics is None
+        if evaluated:
             pause = time.time()
             self.metrics = self.evaluate()
             self.paused += time.time() - pause
-            row, pictures = row | self.metrics, {"samples": self.folder / "samples.png"}
-        try:
-            with self.metrics_file.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            self.give_up(f"cannot write {self.metrics_file} ({error.strerror})")
-        self.log_wandb(row, pictures)
+            row |= self.metrics
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.wandb_run is not None:
+            self.log_wandb(row, evaluated)
         plain = {name: value for name, value in self.metrics.items() if not isinstance(value, list)}
         shown = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in plain.items()}
-        loss = next(iter(self.scalars.values()))
-        self.bar.set_postfix(loss=f"{loss:.4f}", **shown, refresh=False)
+        self.bar.set_postfix(loss=f"{list(row.values())[1]:.4f}", **shown, refresh=False)
         if evaluated and shown:
             self.bar.write(f"step {self.step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()))
 
-    def log_wandb(self, row: dict, pictures: dict[str, Path], last: bool = False) -> None:
-        """Send what there is to W&B, whose failures never cost a trained model."""
-        if self.wandb_run is None:
-            return
+    def log_wandb(self, row: dict, evaluated: bool) -> None:
+        """Send a row and, if there is a new one, samples.png to W&B, whose failures never cost a model."""
         try:
             import wandb
 
-            if row:
-                row = row | {name: wandb.Image(str(path)) for name, path in pictures.items()}
-                self.wandb_run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
-            if last:
+            pictures = {"samples": wandb.Image(str(self.folder / "samples.png"))} if evaluated else {}
+            self.wandb_run.log({k: v for k, v in row.items() if k != "step"} | pictures, step=row["step"])
+            if self.step == self.args.num_steps:
                 self.wandb_run.finish()
         except Exception as error:
             print(f"W&B failed ({error!s:.200}); the run goes on in {self.folder}", file=sys.stderr)
@@ -1668,15 +1579,13 @@ class Run:
 
     def finish(self, facts: Callable[[], dict]) -> Path:
         """Draw the curves; of a run that is done write results.json, with facts in it; returns the folder."""
-        plot_curves(self.folder)
-        self.log_wandb({}, {}, last=True)
+        plot_curves(self.folder, self.rows)
         if self.step < self.args.num_steps:
-            go_on = f"go on with: python {self.script}.py --resume {self.folder}"
+            go_on = f"go on with: python {SCRIPT}.py --resume {self.folder}"
             print(f"stopped after step {self.step}; {go_on}", file=sys.stderr)
-            raise SystemExit(128 + self.stopped[0])
-        seconds, speed = self.seconds + time.time() - self.start, self.scalars["steps_per_second"]
-        results = self.metrics | facts() | {"steps": self.step, "seconds": round(seconds)}
-        results |= {"steps_per_second": round(speed, 2)} | run_facts(self.device)
+            raise SystemExit(128 + self.stopped)
+        results = self.metrics | facts() | {"steps": self.step, "seconds": round(time.time() - self.start)}
+        results |= {"steps_per_second": round(self.rows[-1]["steps_per_second"], 2)} | run_facts(self.device)
         write_file(self.folder / "results.json", json.dumps(results, indent=2))
         print("\n".join(f"{name:>20}  {value}" for name, value in results.items()))
         print("\n".join(f"{self.folder / name}" for name in ("samples.png", "curves.png", "checkpoint.pt")))
@@ -1686,24 +1595,15 @@ class Run:
 # ---------------------------------------------------------------------------------------------------------
 # Processes: torchrun starts several, each has a part of every batch, and all have the same weights
 
-
-def rank() -> int:
-    """The number of this process among those that torchrun started; 0 is the one that writes."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def num_processes() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # rank 0 writes
 
 
 def join_processes(args, device: torch.device) -> None:
     """Meet the other processes, if there are any: over NCCL on CUDA, a device for each, else over gloo."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
+    if PROCESSES == 1:
         return
-    if args.batch_size % count:
-        fail(f"--batch-size {args.batch_size} cannot be divided among {count} processes; take a multiple")
+    if args.batch_size % PROCESSES:
+        fail(f"--batch-size {args.batch_size} cannot be divided among {PROCESSES} processes; take a multiple")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -1713,32 +1613,16 @@ def join_processes(args, device: torch.device) -> None:
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
     """The first process does what is inside before the others, which find what it has made."""
-    if rank():
+    if RANK:
         dist.barrier()
     yield
-    if not rank() and num_processes() > 1:
+    if not RANK and PROCESSES > 1:
         dist.barrier()
 
 
 def share(batch: Tensor) -> Tensor:
     """This process's part of a batch (b, ...) that all have drawn from one seed: (b / processes, ...)."""
-    return batch.chunk(num_processes())[rank()]
-
-
-class Gather(torch.autograd.Function):
-    """Parts (b, ...) of all processes, one after another, with gradient: see gather."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(num_processes())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return share(grad)
+    return batch.chunk(PROCESSES)[RANK]
 
 
 def gather(x: Tensor) -> Tensor:
@@ -1747,7 +1631,8 @@ def gather(x: Tensor) -> Tensor:
     Every process takes the same loss of it, so that gradients in x sum up to as many times the gradient as
     there are processes; average_gradients takes the mean.
     """
-    return Gather.apply(x) if num_processes() > 1 else x
+    before, after = RANK * len(x), (PROCESSES - 1 - RANK) * len(x)  # zeros, where the others have theirs
+    return Sum.apply(F.pad(x, (0, 0) * (x.dim() - 1) + (before, after))) if PROCESSES > 1 else x
 
 
 class Sum(torch.autograd.Function):
@@ -1755,7 +1640,7 @@ class Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
         return x
 
@@ -1764,19 +1649,19 @@ class Sum(torch.autograd.Function):
 
 def average_gradients(parameters: list[Tensor]) -> None:
     """Replace each parameter's gradient by its mean over the processes."""
-    for p in parameters if num_processes() > 1 else ():
+    for p in parameters if PROCESSES > 1 else ():
         if p.grad is not None:
             dist.all_reduce(p.grad)
-            p.grad /= num_processes()
+            p.grad /= PROCESSES
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation by the moments of the whole batch (nn.SyncBatchNorm has no CPU)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or num_processes() == 1:
+        if not self.training or PROCESSES == 1:
             return super().forward(x)
-        n, dims = x.numel() // x.shape[1] * num_processes(), (0, 2, 3)
+        n, dims = x.numel() // x.shape[1] * PROCESSES, (0, 2, 3)
         mean = Sum.apply(x.sum(dims, keepdim=True)) / n
         var = Sum.apply((x - mean).square().sum(dims, keepdim=True)) / n
         with torch.no_grad():
@@ -1795,50 +1680,24 @@ def globalise(network: nn.Sequential) -> nn.Sequential:
     return network
 
 
-class Stops(list):
-    """The signals that stop a run, known to all processes after the same step."""
-
-    came = 0  # to this process
-
-    def agree(self) -> None:
-        """Take in what has come to any process."""
-        came = torch.tensor(self.came)
-        if num_processes() > 1:
-            dist.all_reduce(came, dist.ReduceOp.MAX)
-        self.extend([int(came)] if came else [])
+def largest(number: int) -> int:
+    """The largest of all processes' numbers."""
+    if PROCESSES > 1:
+        dist.all_reduce(number := torch.tensor(number), dist.ReduceOp.MAX)
+    return int(number)
 
 
-class SharedRun(Run):
-    """A run of one process or more; this is the first, which writes."""
-
-    def __init__(self, args, script: str, checkpoint: dict | None, device: torch.device):
-        super().__init__(args, script, checkpoint, device)
-        self.stopped = Stops()
-
-    def stop(self, number: int, _) -> None:
-        """Take a signal. Of several processes none is broken off, as torchrun sends each the signal again."""
-        if self.stopped.came and num_processes() == 1:
-            raise KeyboardInterrupt
-        self.stopped.came = number
-
-    def steps(self) -> Iterator[int]:
-        """The numbers of the steps to do, the same in all processes."""
-        for step in super().steps():
-            yield step
-            self.stopped.agree()
-
-
-class Follower(SharedRun):
+class Follower(Run):
     """The run of a process that is not the first: it keeps step, and writes nothing."""
 
     quiet = True
 
-    def __init__(self, args, script: str, checkpoint: dict | None, device: torch.device):
-        self.args, self.script, self.checkpoint, self.device = args, script, checkpoint or {}, device
-        self.step, self.stopped = self.checkpoint.get("step", 0), Stops()
-        self.pending = None
+    def __init__(self, args, checkpoint: dict | None, device: torch.device):
+        self.args, self.checkpoint, self.device = args, checkpoint or {}, device
+        self.step, self.metrics = self.checkpoint.get("step", 0), {}
+        self.signal = self.stopped = 0
 
-    def save(self, pending: dict | None = None) -> None:
+    def save(self) -> None:
         """Leave it to the first process."""
 
     def log(self, scalars: dict[str, Tensor | float]) -> None:
@@ -1849,7 +1708,7 @@ class Follower(SharedRun):
     def finish(self, facts: Callable[[], dict]) -> None:
         """Leave it to the first process, but for the exit code of a run that was stopped."""
         if self.step < self.args.num_steps:
-            raise SystemExit(128 + self.stopped[0])
+            raise SystemExit(128 + self.stopped)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1867,7 +1726,7 @@ class Recorded:
 
     def __init__(self, step: Callable[..., dict], device: torch.device, enabled: bool, *optimizers):
         cuda = device.type == "cuda"
-        self.step, self.device, self.enabled = step, device, cuda and enabled
+        self.step, self.enabled = step, cuda and enabled
         self.calls, self.graphs, self.scalars = {}, {}, {}
         self.stream = torch.cuda.Stream(device) if self.enabled else None
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -1881,29 +1740,27 @@ class Recorded:
         self.calls[kind] = self.calls.get(kind, 0) + 1
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            if self.calls[kind] == self.warmup + 1:
-                self.record(kind)
-            if kind in self.scalars:
+            if self.calls[kind] <= self.warmup:
+                scalars = self.step(*kind)
+            else:
+                if kind not in self.graphs:
+                    self.record(kind)
                 self.graphs[kind].replay()
-            scalars = self.scalars[kind] if kind in self.scalars else self.step(*kind)
+                scalars = self.scalars[kind]
         torch.cuda.current_stream().wait_stream(self.stream)
         return scalars
 
     def record(self, kind: tuple) -> None:
-        """Record a step of that kind without doing it, or say why it cannot be done and do without."""
-        self.graphs[kind], rng = torch.cuda.CUDAGraph(), torch.cuda.get_rng_state(self.device)
+        """Record a step of that kind without doing it."""
+        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self.graphs[kind], stream=self.stream):
+            with torch.cuda.graph(graph, stream=self.stream):
                 scalars = self.step(*kind)
-            self.scalars[kind] = {name: value.detach() for name, value in scalars.items()}
-        except Exception as error:
-            why = error.__context__ or error  # on leaving the graph another error follows the first
-            print(f"no CUDA graph ({why!r:.200}); the run goes on step by step", file=sys.stderr)
-            self.enabled = False
-            del self.graphs[kind]
-            # torch's generator still waits for the end of the recording: give it a new state, as it was.
-            state = torch.Generator(self.device).set_state(rng)
-            torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(state)
+        except Exception as error:  # on leaving the graph another one follows the first
+            why = error.__context__ or error
+            fail(f"--compile: the training step cannot be recorded ({why!r:.200}); leave --compile away")
+        self.graphs[kind] = graph
+        self.scalars[kind] = {name: value.detach() for name, value in scalars.items()}
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -1914,15 +1771,14 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def train(args: Args) -> Path:
     """Train, evaluate and save; returns the run folder."""
-    checkpoint = load_checkpoint(Path(args.resume) / "checkpoint.pt", SCRIPT) if args.resume else None
+    checkpoint = None if args.resume is None else load_checkpoint(Path(args.resume) / "checkpoint.pt")
     args = resumed_args(args, checkpoint["args"]) if checkpoint else args
     device = pick_device(args.device)
     join_processes(args, device)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(args.seed)
+    torch.manual_seed(args.seed)
     toy = args.dataset in TOYS
     with first_process_first():
         where = args.dataset, args.data_dir, args.eval_split
@@ -1930,7 +1786,7 @@ def train(args: Args) -> Path:
         data, *held = (part.to(device) for part in parts)
         if args.batch_size > len(data):
             fail(f"--batch-size {args.batch_size} exceeds the {len(data)} training samples of {args.dataset}")
-        run = (Follower if rank() else SharedRun)(args, SCRIPT, checkpoint, device)
+        run = (Follower if RANK else Run)(args, checkpoint, device)
         evaluation = Evaluation(args, data, held)
 
     generator = globalise(make_generator(args.latent_dim, args.channels, toy)).to(device)
@@ -1984,7 +1840,8 @@ def train(args: Args) -> Path:
         count = max(evaluation.count, 2500 if toy else 100)
         samples = draw_samples(averaged, args.latent_dim, count, args.seed, device)
         for name in (f"samples_{run.step:06d}.png", "samples.png"):
-            save_picture(run.folder / name, samples, data)
+            path = run.folder / name
+            save_points(path, samples, data) if toy else save_images(path, samples[:100])
         return evaluation(samples)
 
     def step(with_critic: bool) -> dict[str, Tensor]:
@@ -2008,9 +1865,9 @@ def train(args: Args) -> Path:
 
     lrs = {"opt_generator": args.lr_generator, "opt_critic": args.lr_critic}
     # An unrolled loss looks at its error in each iteration.
-    possible = num_processes() == 1 and not args.unroll
+    possible = PROCESSES == 1 and not args.unroll
     recorded = Recorded(step, device, args.compile and possible, *optimizers.values())
-    run.evaluate = evaluate
+    run.evaluate, run.agree = evaluate, largest
     for _ in run.steps():
         # Learning rates stay, and in the last part of the run fall linearly to zero.
         rate = min(1.0, (args.num_steps + 1 - run.step) / max(1.0, args.lr_decay * args.num_steps))
@@ -2024,9 +1881,7 @@ def train(args: Args) -> Path:
 
 def generate(args: Args) -> Path:
     """Samples of a checkpoint, as a folder of PNG files or, for a toy, of samples.npy (n, 2); returns it."""
-    if not args.checkpoint or not args.out:
-        fail("--generate needs --checkpoint runs/<run>/checkpoint.pt and --out <new folder>")
-    checkpoint = load_checkpoint(Path(args.checkpoint), SCRIPT)
+    checkpoint = load_checkpoint(Path(args.checkpoint))
     device, made = pick_device(args.device), Args(**checkpoint["args"])
     averaged = average(make_generator(made.latent_dim, made.channels, made.dataset in TOYS), made.ema_decay)
     averaged.load_state_dict(checkpoint["averaged"])
@@ -2044,16 +1899,15 @@ def generate(args: Args) -> Path:
 
 def main(args: Args) -> Path:
     """Train, or sample with --generate; returns the folder that was written."""
-    return generate(args) if args.generate else train(args)
+    try:
+        return generate(args) if args.generate else train(args)
+    except OSError as error:
+        fail(f"cannot read or write: {error}; name other places with --run-dir and --out")
 
 
 if __name__ == "__main__":
     try:
-        args = tyro.cli(Args)
-    except ValueError as error:  # later versions of tyro show it themselves
-        fail(str(error))
-    try:
-        main(args)
+        main(tyro.cli(Args))
     except KeyboardInterrupt:
         print("interrupted; a run that has saved a checkpoint.pt goes on with --resume", file=sys.stderr)
         raise SystemExit(130) from None

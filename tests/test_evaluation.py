@@ -101,10 +101,16 @@ def test_precision_recall_in_blocks():
 def test_image_metrics_of_class_shares():
     """Class shares and their KL divergence from those of the labels, by a judge that reads the top left."""
 
-    def judge(images):
-        pixel = ((images[:, 0, 0, 0] + 1) * 127.5).round().long() % 10
-        return images.flatten(1)[:, :16], nn.functional.one_hot(pixel, 10).float()
+    class Features(nn.Module):
+        def forward(self, images):
+            return images.flatten(1)[:, :16]
 
+    class Classes(nn.Module):
+        def forward(self, features):
+            pixel = ((features[:, 0] + 1) * 127.5).round().long() % 10
+            return nn.functional.one_hot(pixel, 10).float()
+
+    judge = nn.Sequential(Features(), Classes())
     images = torch.randint(256, (100, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     labels = torch.arange(100) % 10
     fake, real = images.clone(), images.clone()

@@ -165,19 +165,21 @@ def test_every_option_has_a_line_of_help(name):
 def test_checkpoints_that_do_not_fit(name, tmp_path, capsys):
     """Of another script, without what it needs, or with options that are gone."""
     script, path = importlib.import_module(name[:-3]), tmp_path / "checkpoint.pt"
-    whole = dict.fromkeys(("step", "seconds", "rng", "averaged"), 0) | {"script": script.SCRIPT}
+    whole = {"rows": [], "script": script.SCRIPT, "args": {"seed": 1}}
+    version = f"of another version of {script.SCRIPT}, with"
     cases = {
-        "comes from another, not from": whole | {"script": "another", "args": {}},
-        "damaged: it has no args": whole,
-        f"of another version: this {script.SCRIPT} has no speed": whole | {"args": {"seed": 1, "speed": 2}},
+        "comes from another, not from": whole | {"script": "another"},
+        "is damaged, not a run's": {"script": script.SCRIPT},
+        f"{version} speed": whole | {"args": {"seed": 1, "speed": 2}},
+        f"{version} no rows": {"script": script.SCRIPT, "args": {"seed": 1}},
     }
     for message, state in cases.items():
         torch.save(state, path)
         with pytest.raises(SystemExit) as stop:
-            script.load_checkpoint(path, script.SCRIPT)
+            script.load_checkpoint(path)
         assert stop.value.code == 2 and message in capsys.readouterr().err
-    torch.save(whole | {"args": {"seed": 1}}, path)
-    assert script.load_checkpoint(path, script.SCRIPT)["args"] == {"seed": 1}
+    torch.save(whole, path)
+    assert script.load_checkpoint(path)["args"] == {"seed": 1}
 
 
 @pytest.mark.parametrize("command", [("check", "."), ("format", "--check", ".")])

@@ -140,7 +140,7 @@ def test_alone_nothing_changes(script):
     """Without torchrun a batch is shared with nobody, and batch normalisation is torch's."""
     x = torch.randn(6, 3, 4, 4, requires_grad=True)
     assert script.share(x) is x or torch.equal(script.share(x), x)
-    assert script.gather(x) is x and script.rank() == 0 and script.num_processes() == 1
+    assert script.gather(x) is x and script.RANK == 0 and script.PROCESSES == 1
     plain = nn.BatchNorm2d(3)
     ours = script.globalise(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))[0]
     assert type(ours) is script.GlobalBatchNorm2d and ours.state_dict().keys() == plain.state_dict().keys()
