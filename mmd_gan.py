@@ -1328,7 +1328,9 @@ def join_processes(args, device: torch.device) -> None:
     if args.batch_size % PROCESSES:
         fail(f"--batch-size {args.batch_size} cannot be divided among {PROCESSES} processes; take a multiple")
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if (local := int(os.environ["LOCAL_RANK"])) >= (count := torch.cuda.device_count()):
+            fail(f"more processes than the {count} GPUs of this machine: lower --nproc-per-node")
+        torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     atexit.register(dist.destroy_process_group)
 

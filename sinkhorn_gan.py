@@ -405,8 +405,8 @@ def sinkhorn_potentials(
 
     Args:
         x, y: points, float32 or float64, on one device.
-        eps: the entropy's weight in (1), in the units of the cost, a number or a tensor with one; GeomLoss's
-            blur^2, POT's reg.
+        eps: the entropy's weight in (1), in the units of the cost; GeomLoss's blur^2, POT's reg. On CUDA a
+            tensor keeps the host from waiting: no value is looked at then, and bad ones make a NaN.
         a, b: weights (n,) and (m,), not negative, that sum to one; uniform by default.
         cost: "euclidean", |x - y|^2 / 2 (GeomLoss's p=2); "cosine", 1 - cos(x, y), which is the same cost on
             normalised vectors.
@@ -523,8 +523,7 @@ def minibatch_energy_distance(
     signs = ((x1, y1, 1), (x1, y2, 1), (x2, y1, 1), (x2, y2, 1), (x1, x2, -2), (y1, y2, -2))
     options = eps, None, None, cost, tol, max_iterations, road
     problems = [(s, checked(p, q, *options, points=False)) for p, q, s in signs]
-    recording = x1.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not recording and not usable(cost, x1, x2, y1, y2):
+    if looks_at(x1, eps) and not usable(cost, x1, x2, y1, y2):
         for p, q, _ in signs:
             checked(p, q, *options)  # raises the error
     total = 0
@@ -572,6 +571,11 @@ def asked(*points: Tensor) -> tuple[bool, ...]:
     return tuple(torch.is_grad_enabled() and p.requires_grad for p in points)
 
 
+def looks_at(x: Tensor, eps: float | Tensor) -> bool:
+    """Whether values are looked at and not only shapes: not on CUDA if eps is a tensor, as the host waits."""
+    return not (x.is_cuda and (isinstance(eps, Tensor) or torch.cuda.is_current_stream_capturing()))
+
+
 def usable(cost: str, *points: Tensor) -> bool:
     """Whether all points have squares that are finite and, if the cost is cosine, a length."""
     norms = torch.cat([p.detach().norm(dim=1) for p in points])
@@ -598,9 +602,9 @@ def checked(x, y, eps, a, b, cost, tol, max_iterations, road, unroll=False, poin
         raise ValueError(f"unknown cost {cost!r} or road {road!r}")
     if unroll and road in ("triton", "blocked"):
         raise ValueError(f"road {road!r} keeps no matrices to unroll; take 'dense' or 'auto'")
-    looks = not (x.is_cuda and torch.cuda.is_current_stream_capturing())  # while recorded there is no value
-    for name, value in (("eps", eps), ("tol", tol), ("max_iterations", max_iterations)):
-        if looks and not 0 < value < math.inf:
+    looks, limits = looks_at(x, eps), {"tol": tol, "max_iterations": max_iterations}
+    for name, value in (limits | {"eps": eps} if looks else limits).items():
+        if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, not {value}")
     if looks and points and not usable(cost, x, y):  # one wait for the device, where all is well
         for name, p in (("x", x.detach()), ("y", y.detach())):
@@ -995,6 +999,7 @@ class TritonLoop:
         new = partial(torch.empty, dtype=torch.float32, device=device)
         size, most, self.kept = n if same else n + m, max(n, m), n * m <= KEPT
         self.z, self.log_w, self.p = new(size, d), new(size), new(2 * n if same else size)
+        self.t = new(d)  # not of the graphs' pool, in which chunk may be recorded before prepare
         self.products = new(1 if same else 2, n * m if self.kept else 1)
         if self.kept:  # rows and columns of a tile
             self.tile = (32, 128) if most <= 128 else (8, 256) if most <= 1024 else (16, 256)
@@ -1022,7 +1027,7 @@ class TritonLoop:
         p.copy_(self.scale * (g + start if self.warm else g))
         self.errors.fill_(BIG)
         self.counts.zero_()
-        return (mean_x - mean_y,)
+        return (torch.sub(mean_x, mean_y, out=self.t),)
 
     def chunk(self) -> tuple:
         """The next half-steps; returns the error that is left."""
@@ -1605,7 +1610,9 @@ def join_processes(args, device: torch.device) -> None:
     if args.batch_size % PROCESSES:
         fail(f"--batch-size {args.batch_size} cannot be divided among {PROCESSES} processes; take a multiple")
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if (local := int(os.environ["LOCAL_RANK"])) >= (count := torch.cuda.device_count()):
+            fail(f"more processes than the {count} GPUs of this machine: lower --nproc-per-node")
+        torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     atexit.register(dist.destroy_process_group)
 
@@ -1819,7 +1826,7 @@ def train(args: Args) -> Path:
         # Of features (b, d). epsilon is relative, as features have no scale of their own.
         unit = mean_cost(h_real.detach(), h_fake.detach(), args.cost)
         eps = args.epsilon * (unit if recorded.enabled or unit.is_cuda else unit.item())
-        if not recorded.enabled and not 0 < eps < math.inf:
+        if not isinstance(eps, Tensor) and not 0 < eps < math.inf:
             run.log({"mean_cost": eps or math.nan})  # ends the run
         options = {"cost": args.cost, "max_iterations": args.max_iterations, "tol": args.tolerance}
         halves = *h_real.chunk(2), *h_fake.chunk(2)
