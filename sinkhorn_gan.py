@@ -33,6 +33,7 @@ import atexit
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -225,7 +226,7 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> tuple[Tensor, T
         try:
             sets = [getattr(datasets, name)(data_dir, train, download=True) for train in (True, False)]
             for s in sets:
-                if s.data.shape != (len(s.targets), 28, 28) or not len(s.targets):
+                if s.data.shape != (len(s.targets), 28, 28) or not 0 <= s.targets.max() <= 9:
                     raise ValueError(f"images {tuple(s.data.shape)}, labels {tuple(s.targets.shape)}")
         except Exception as error:
             where = f"{dataset} is missing or damaged in {Path(data_dir) / name / 'raw'} ({error!r:.200})"
@@ -1322,9 +1323,9 @@ def draw_samples(generator: nn.Module, latent_dim: int, count: int, seed: int, d
 
 def write_file(path: Path, content: str | Callable) -> None:
     """Write text, or what content(file) writes, beside the file and rename: nobody sees half a file."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
-        file.write(content.encode()) if isinstance(content, str) else content(file)
+    buffer, beside = io.BytesIO(), path.with_name(path.name + ".tmp")
+    buffer.write(content.encode()) if isinstance(content, str) else content(buffer)
+    beside.write_bytes(buffer.getbuffer())  # at once: on a full disk torch.save would not say what is wrong
     os.replace(beside, path)
 
 
@@ -1380,8 +1381,8 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def start_wandb(args, name: str):
-    """A W&B run of that name, which goes on if there is one; without a login it leaves with one line."""
+def start_wandb(args, name: str, run_id: str | None):
+    """A W&B run, going on with run_id if given; without a login it leaves with one line."""
     try:
         import wandb
     except ImportError:
@@ -1389,7 +1390,7 @@ def start_wandb(args, name: str):
     online = os.environ.get("WANDB_MODE", wandb.setup().settings.mode) == "online"
     if online and not wandb.login(prompt=False, verify=False):
         fail("--track: you are not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
-    options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": name}
+    options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "id": run_id}
     options |= {"resume": "allow", "config": vars(args), "dir": args.run_dir}
     Path(args.run_dir).mkdir(parents=True, exist_ok=True)
     try:
@@ -1467,10 +1468,15 @@ class Run:
         self.metrics = self.checkpoint.get("metrics", {})  # the latest; None where they are yet to be taken
         name = f"{args.exp_name}__{args.dataset}__{args.seed}__{int(time.time())}"
         self.folder = Path(args.run_dir) / name if args.resume is None else Path(args.resume)
-        ended = self.step == args.num_steps and (self.folder / "results.json").exists()
-        if self.step > args.num_steps or ended:
+        # With no step left, the metrics of the last must be there or still to be taken, and results.json not.
+        last, results = self.rows[-1] if self.rows else {"step": 0}, self.folder / "results.json"
+        ended = results.exists() and json.loads(results.read_text())["steps"] == self.step
+        ended |= last["step"] < self.step or not (self.metrics or {}).keys() <= last.keys()
+        if self.step > args.num_steps or (self.step == args.num_steps and ended):
             fail(f"{args.resume} has done its {self.step} steps; give more of them with --num-steps")
-        self.wandb_run = start_wandb(args, self.folder.name) if args.track else None
+        wandb_id, name = self.checkpoint.get("wandb_id"), self.folder.resolve().name
+        self.wandb_run = start_wandb(args, name, wandb_id) if args.track else None
+        self.wandb_id = self.wandb_run.id if self.wandb_run else wandb_id
         self.folder.mkdir(parents=True, exist_ok=bool(checkpoint))
         write_file(self.folder / "args.json", json.dumps(vars(args), indent=2))
         # What an interrupted run has logged after its last checkpoint will be logged again.
@@ -1493,7 +1499,7 @@ class Run:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"script": SCRIPT, "args": vars(self.args), "step": self.step, "rows": self.rows}
         state |= {"metrics": self.metrics, "seconds": time.time() - self.start, "paused": self.paused}
-        state |= {"rng": torch.get_rng_state(), "rng_cuda": rng_cuda}
+        state |= {"rng": torch.get_rng_state(), "rng_cuda": rng_cuda, "wandb_id": self.wandb_id}
         write_file(self.folder / "checkpoint.pt", partial(torch.save, state))
         self.last_saved = self.step
 
@@ -1508,8 +1514,9 @@ class Run:
     def stop(self, number: int, _) -> None:
         """Take a signal: the step at hand is the last one, and a second signal breaks it off."""
         self.signal = number
-        if "WORLD_SIZE" not in os.environ:  # torchrun sends every signal again
-            signal.signal(number, signal.default_int_handler)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun sends every signal again
+            for one in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(one, signal.default_int_handler)
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to do. After Ctrl-C or SIGTERM the step at hand is the last, and saved."""
@@ -1561,8 +1568,7 @@ class Run:
             row |= self.metrics
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if self.wandb_run is not None:
-            self.log_wandb(row, evaluated)
+        self.log_wandb(row, evaluated)
         plain = {name: value for name, value in self.metrics.items() if not isinstance(value, list)}
         shown = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in plain.items()}
         self.bar.set_postfix(loss=f"{list(row.values())[1]:.4f}", **shown, refresh=False)
@@ -1570,14 +1576,17 @@ class Run:
             self.bar.write(f"step {self.step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()))
 
     def log_wandb(self, row: dict, evaluated: bool) -> None:
-        """Send a row and, if there is a new one, samples.png to W&B, whose failures never cost a model."""
+        """Send a row and, if there is a new one, samples.png to W&B, whose failures never cost a model; or,
+        without a row, that this is the end."""
+        if self.wandb_run is None:
+            return
         try:
             import wandb
 
+            if not row:
+                return self.wandb_run.finish()
             pictures = {"samples": wandb.Image(str(self.folder / "samples.png"))} if evaluated else {}
             self.wandb_run.log({k: v for k, v in row.items() if k != "step"} | pictures, step=row["step"])
-            if self.step == self.args.num_steps:
-                self.wandb_run.finish()
         except Exception as error:
             print(f"W&B failed ({error!s:.200}); the run goes on in {self.folder}", file=sys.stderr)
             self.wandb_run = None
@@ -1585,6 +1594,7 @@ class Run:
     def finish(self, facts: Callable[[], dict]) -> Path:
         """Draw the curves; of a run that is done write results.json, with facts in it; returns the folder."""
         plot_curves(self.folder, self.rows)
+        self.log_wandb({}, False)
         if self.step < self.args.num_steps:
             go_on = f"go on with: python {SCRIPT}.py --resume {self.folder}"
             print(f"stopped after step {self.step}; {go_on}", file=sys.stderr)
@@ -1600,7 +1610,8 @@ class Run:
 # ---------------------------------------------------------------------------------------------------------
 # Processes: torchrun starts several, each has a part of every batch, and all have the same weights
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # rank 0 writes
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ["RANK"]) if PROCESSES > 1 else 0  # the first one writes
 
 
 def join_processes(args, device: torch.device) -> None:
@@ -1909,7 +1920,10 @@ def main(args: Args) -> Path:
     try:
         return generate(args) if args.generate else train(args)
     except OSError as error:
-        fail(f"cannot read or write: {error}; name other places with --run-dir and --out")
+        if isinstance(error, ConnectionError):
+            raise
+        places = "make room, or name other places with --run-dir and --out"
+        fail(f"cannot read or write: {error}; {places}; a run that has saved goes on with --resume")
 
 
 if __name__ == "__main__":

@@ -296,6 +296,36 @@ def test_died_between_an_evaluation_and_its_checkpoint(finished, tmp_path, monke
     assert json.loads((folder / "results.json").read_text())["fid"] == last["fid"]
 
 
+def test_going_on_after_more_steps_were_done_but_not_reported(finished, tmp_path, refused):
+    """results.json is of an earlier end; and of a run that stopped where it is to end there is no metric."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before = (folder / "results.json").read_text()
+    main(Args(resume=str(folder), num_steps=6))
+    (folder / "results.json").write_text(before)
+    main(Args(resume=str(folder)))
+    assert json.loads((folder / "results.json").read_text())["steps"] == 6
+    state = load(folder)
+    for rows in (state["rows"][:-1], []):
+        torch.save(state | {"rows": rows}, folder / "checkpoint.pt")
+        refused(Args(resume=str(folder)), "has done its 6 steps", "--num-steps")
+
+
+def test_a_disk_that_fills_up_in_a_checkpoint(tmp_path):
+    """An error of the system, which main turns into a line, and the old file is whole."""
+    resource = pytest.importorskip("resource")
+    mmd_gan.write_file(tmp_path / "a", "old")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="large"):
+            mmd_gan.write_file(tmp_path / "a", lambda file: torch.save(torch.zeros(100_000), file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert (tmp_path / "a").read_text() == "old"
+
+
 def test_stop_before_anything_is_logged(tiny, monkeypatch, capsys):
     """Ctrl-C in the first step of a run that logs every hundred: one line, a checkpoint, and it resumes."""
     args, unpatched = tiny(log_every=100, eval_every=100), mmd_gan.Run.steps
@@ -512,7 +542,7 @@ def test_track_offline_writes_scalars_and_pictures(run_cli, tmp_path, tiny_mnist
     assert config["batch_size"] == 8 and config["kernel"] == "gaussian"
     pictures = {p.read_bytes() for p in path.parent.glob("files/media/images/*.png")}
     assert pictures == {(folder / f"samples_00000{step}.png").read_bytes() for step in (3, 4)}
-    assert run.run_id == folder.name
+    assert load(folder)["wandb_id"] == run.run_id
     assert_complete(folder, [3, 4])
 
 
@@ -574,7 +604,7 @@ def test_resumed_run_goes_on_in_the_same_wandb_run(tiny, monkeypatch):
     run, calls = fake_wandb(monkeypatch)
     folder = main(tiny(track=True))
     main(Args(resume=str(folder), num_steps=5, track=True, device="cpu"))
-    assert [options["id"] for options in calls] == [folder.name] * 2
+    assert [options["id"] for options in calls] == [None, run.id]
     assert [step for step, _ in run.rows] == [1, 2, 3, 4, 5]
 
 
