@@ -362,9 +362,10 @@ def save_curves(folder: Path) -> None:
         row = json.loads(line)
         for name in row.keys() - {"step", "class_shares"}:
             curves[name].append((row["step"], math.nan if row[name] is None else row[name]))
-    figure = Figure(figsize=(14, 3 * math.ceil(len(curves) / 4)), layout="tight")
+    height = max(1, math.ceil(len(curves) / 4))
+    figure = Figure(figsize=(14, 3 * height), layout="tight")
     for place, name in enumerate(sorted(curves), 1):
-        axes = figure.add_subplot(math.ceil(len(curves) / 4), 4, place, title=name, xlabel="step")
+        axes = figure.add_subplot(height, 4, place, title=name, xlabel="step")
         axes.plot(*zip(*curves[name]), marker="." if len(curves[name]) < 20 else None)
     replace_file(folder / "curves.png", partial(figure.savefig, dpi=70))
 
@@ -580,11 +581,11 @@ class FusedMeans(torch.autograd.Function):
         x, y, d_xx, d_yy, d_xy, d_yx = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: someone wants second derivatives
             with torch.autocast(x.device.type, enabled=False):
-                means = dense_means(x, y, *ctx.options)
-            grads = torch.autograd.grad(
-                means, (x, y), (g_xx, g_yy, g_xy), create_graph=True, allow_unused=True
-            )
-            return *grads, None, None, None, None
+                k_xx, k_yy, k_xy = dense_means(x, y, *ctx.options)
+            inputs = [v for v in (x, y) if v.requires_grad]
+            total = g_xx * k_xx + g_yy * k_yy + g_xy * k_xy
+            grads = iter(torch.autograd.grad(total, inputs, create_graph=True))
+            return *(next(grads) if v.requires_grad else None for v in (x, y)), None, None, None, None
         return g_xx * d_xx + g_xy * d_xy, g_yy * d_yy + g_xy * d_yx, None, None, None, None
 
 
@@ -658,7 +659,7 @@ def triton_sums(x: Tensor, y: Tensor, bandwidths, weights, kernel: str) -> tuple
     n, d = x.shape
     z = torch.cat((x, y))
     centers = torch.stack((x.mean(0), y.mean(0)))
-    parts = torch.tensor([(s, w) for s, w in zip(bandwidths, weights)], dtype=torch.float32, device=x.device)
+    parts = parts_table(bandwidths, weights, x.device)
     k = z.new_empty(2, len(z))  # over the columns of x, of y
     grads = z.new_empty(2, len(z), d)
     sizes = {"BLOCK": 32, "BLOCK_D": 32, "OUT_D": min(128, max(16, 2 ** (d - 1).bit_length()))}
@@ -669,6 +670,12 @@ def triton_sums(x: Tensor, y: Tensor, bandwidths, weights, kernel: str) -> tuple
         )
     sums = k[0, :n].sum(), k[1, n:].sum(), k[1, :n].sum()
     return sums, (grads[0, :n], grads[1, n:], grads[1, :n], grads[0, n:])
+
+
+@cache
+def parts_table(bandwidths: tuple, weights: tuple, device: torch.device) -> Tensor:
+    """Return the mixture (s, 2) on the device, copied once: a copy in each step would wait for the device."""
+    return torch.tensor(list(zip(bandwidths, weights)), dtype=torch.float32, device=device)
 
 
 @cache
@@ -956,12 +963,13 @@ def train(args: Args) -> Path:
         if rank > 0:
             return folder
         save()
-        save_curves(folder)
         if step < args.num_steps:
+            save_curves(folder)
             command = shlex.join(["python", f"{SCRIPT}.py", f"--resume={folder}"])
             tqdm.write(f"stopped after step {step}; go on with: {command}")
             raise SystemExit(128 + signals[0] if signals else 1)
         metrics = evaluate() | {"real": measure(data)}
+        save_curves(folder)
         facts = {"steps": step, "seconds": seconds, "device": args.device, "torch": torch.__version__}
         results = json.dumps(metrics | facts | {"args": vars(args)}, indent=2)
         replace_file(folder / "results.json", lambda path: path.write_text(results))

@@ -343,9 +343,10 @@ def save_curves(folder: Path) -> None:
         row = json.loads(line)
         for name in row.keys() - {"step", "class_shares"}:
             curves[name].append((row["step"], math.nan if row[name] is None else row[name]))
-    figure = Figure(figsize=(14, 3 * math.ceil(len(curves) / 4)), layout="tight")
+    height = max(1, math.ceil(len(curves) / 4))
+    figure = Figure(figsize=(14, 3 * height), layout="tight")
     for place, name in enumerate(sorted(curves), 1):
-        axes = figure.add_subplot(math.ceil(len(curves) / 4), 4, place, title=name, xlabel="step")
+        axes = figure.add_subplot(height, 4, place, title=name, xlabel="step")
         axes.plot(*zip(*curves[name]), marker="." if len(curves[name]) < 20 else None)
     replace_file(folder / "curves.png", partial(figure.savefig, dpi=70))
 
@@ -569,12 +570,13 @@ def train(args: Args) -> Path:
                 clock, logged_step = time.perf_counter(), step
 
         save()
-        save_curves(folder)
         if signals:
+            save_curves(folder)
             command = shlex.join(["python", f"{SCRIPT}.py", f"--resume={folder}"])
             tqdm.write(f"stopped after step {step}; go on with: {command}")
             raise SystemExit(128 + signals[0])
         metrics = evaluate() | {"real": measure(data)}
+        save_curves(folder)
         facts = {"steps": step, "seconds": seconds, "device": args.device, "torch": torch.__version__}
         results = json.dumps(metrics | facts | {"args": vars(args)}, indent=2)
         replace_file(folder / "results.json", lambda path: path.write_text(results))
