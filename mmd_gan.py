@@ -779,9 +779,25 @@ def any_rank(signals: list[int]) -> bool:
     return bool(flag)
 
 
+class Gather(torch.autograd.Function):
+    """The global batch, of all processes, from this one's part (b, d)."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor) -> Tensor:
+        parts = [torch.empty_like(h) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, h.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gather(h: Tensor) -> Tensor:
-    """Return the global batch, of all processes, from this one's part (b, d), with gradients."""
-    return torch.cat(dist.nn.functional.all_gather(h)) if dist.is_initialized() else h
+    """Return the global batch under torchrun, else the batch (b, d) as it is."""
+    return Gather.apply(h) if dist.is_initialized() else h
 
 
 def average_gradients(network: nn.Module) -> None:
@@ -973,6 +989,7 @@ def train(args: Args) -> Path:
         facts = {"steps": step, "seconds": seconds, "device": args.device, "torch": torch.__version__}
         results = json.dumps(metrics | facts | {"args": vars(args)}, indent=2)
         replace_file(folder / "results.json", lambda path: path.write_text(results))
+        print(folder)
         return folder
 
 
@@ -1000,7 +1017,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 if __name__ == "__main__":
     try:
-        print(train(parse_args()))
+        train(parse_args())
     except UserError as error:
         print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

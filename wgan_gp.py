@@ -580,6 +580,7 @@ def train(args: Args) -> Path:
         facts = {"steps": step, "seconds": seconds, "device": args.device, "torch": torch.__version__}
         results = json.dumps(metrics | facts | {"args": vars(args)}, indent=2)
         replace_file(folder / "results.json", lambda path: path.write_text(results))
+        print(folder)
         return folder
 
 
@@ -607,7 +608,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 if __name__ == "__main__":
     try:
-        print(train(parse_args()))
+        train(parse_args())
     except UserError as error:
         print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
