@@ -128,16 +128,18 @@ class Args:
     def __init__(self, **options):
         """Take the options, then those of the resumed run or the data set's preset, then the defaults."""
         base = PRESETS.get(options.get("dataset"), {})
-        if options.get("resume"):
+        if options.get("resume") and len(options) < len(fields(self)):
             base = load_checkpoint(options["resume"])["args"]
             del base["device"]  # another machine may go on
         fill_args(self, base | options)
         if self.generate and not self.resume:
             raise UserError("--generate needs --resume, the folder of the run that draws the samples")
-        if not self.bandwidths or not all(0 < s < math.inf for s in self.bandwidths):
-            raise UserError(f"bandwidths must be positive and finite, not {self.bandwidths}")
+        if not all(isinstance(b, numbers.Real) and 0 < b < math.inf for b in self.bandwidths or [0]):
+            raise UserError(f"bandwidths must be positive numbers, not {self.bandwidths}")
         if self.encoder == "none" and self.penalty_weight:
             raise UserError("--penalty-weight needs a critic: it does not go with --encoder none")
+        if self.batch_size < 2:
+            raise UserError("batch_size must be at least 2: a kernel mean is one over pairs")
 
 
 class UserError(ValueError):
@@ -153,17 +155,20 @@ def fill_args(args, options: dict) -> None:
         value = options.get(f.name, default)
         if isinstance(value, str | os.PathLike):
             value = os.path.expanduser(value)
-        kind = {int: numbers.Integral, float: numbers.Real, tuple[float, ...]: tuple}.get(f.type, f.type)
-        if get_origin(kind) is Literal:
-            fits = value in get_args(kind)
+        if f.type in (int, float):
+            number = numbers.Integral if f.type is int else numbers.Real
+            fits = isinstance(value, number) and not isinstance(value, bool) and 0 <= value < math.inf
+            fits = fits and (value > 0 or f.name in MAY_BE_ZERO)
+            value = f.type(value) if fits else value
+            wanted = f"{f.type.__name__}, {'not negative' if f.name in MAY_BE_ZERO else 'positive'}"
+        elif get_origin(f.type) is Literal:
+            fits = value in get_args(f.type)
+            wanted = "one of " + ", ".join(map(repr, get_args(f.type)))
         else:
-            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if fits and f.type in (int, float):
-            value = f.type(value)
-            fits = 0 < value < math.inf or (value == 0 and f.name in MAY_BE_ZERO)
+            fits = isinstance(value, get_origin(f.type) if get_origin(f.type) is tuple else f.type)
+            wanted = str(f.type)
         if not fits:
-            wanted = f"{getattr(f.type, '__name__', f.type)}{', positive' * (f.type in (int, float))}"
-            raise UserError(f"{f.name} must be {wanted}, not {value!r}".replace("typing.Literal", "one of "))
+            raise UserError(f"{f.name} must be {wanted}, not {value!r}")
         setattr(args, f.name, value)
 
 
@@ -328,12 +333,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 def load_checkpoint(run: str | os.PathLike) -> dict:
     """Return the checkpoint of a run folder, without running code in it. Raises UserError."""
-    path = Path(run, "checkpoint.pt").expanduser()
     try:
+        path = Path(run, "checkpoint.pt").expanduser()
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
     except Exception as error:
-        raise UserError(f"{path} is missing, damaged or no checkpoint of a run: {error!r:.80}") from error
+        raise UserError(f"{run}/checkpoint.pt is missing, damaged or not a run's: {error!r:.80}") from error
     if script != SCRIPT:
         raise UserError(f"{path} belongs to {script}.py, not to {SCRIPT}.py")
     return checkpoint
@@ -466,8 +471,7 @@ def kernel_means(
     if weights is None:
         weights = (1.0,) * len(bandwidths)
     check_points(x, y, at_least=2 if unbiased else 1)
-    if kernel not in ("gaussian", "rational_quadratic"):
-        raise ValueError(f"kernel must be gaussian or rational_quadratic, not {kernel!r}")
+    check_kernel(kernel)
     if len(bandwidths) == 0 or len(bandwidths) != len(weights):
         raise ValueError(f"{len(bandwidths)} bandwidths and {len(weights)} weights")
     learned = isinstance(bandwidths, Tensor) or isinstance(weights, Tensor)
@@ -504,9 +508,16 @@ def witness(t: Tensor, x: Tensor, y: Tensor, bandwidths, kernel: str = "gaussian
     """
     bandwidths = (bandwidths,) if isinstance(bandwidths, int | float) else bandwidths
     weights = (1.0,) * len(bandwidths) if weights is None else weights
+    check_kernel(kernel)
     k_x = mixture(squared_distances(t, x), bandwidths, weights, kernel)
     k_y = mixture(squared_distances(t, y), bandwidths, weights, kernel)
     return k_x.mean(1) - k_y.mean(1)
+
+
+def check_kernel(kernel: str) -> None:
+    """Raise ValueError for an unknown kernel."""
+    if kernel not in ("gaussian", "rational_quadratic"):
+        raise ValueError(f"kernel must be gaussian or rational_quadratic, not {kernel!r}")
 
 
 def check_points(x: Tensor, y: Tensor, at_least: int) -> None:
@@ -520,7 +531,7 @@ def check_points(x: Tensor, y: Tensor, at_least: int) -> None:
         raise ValueError(f"{len(x)} and {len(y)} points are too few: at least {at_least} of each are needed")
     waits = x.device.type != "cpu" or torch.compiler.is_compiling()  # for a look at the values
     if not waits and not (x.isfinite().all() and y.isfinite().all()):
-        raise ValueError("x and y must be finite")
+        raise ValueError("x or y is not finite")
 
 
 # Plain torch, for learned kernels, second derivatives and torch.compile
@@ -582,9 +593,9 @@ class FusedMeans(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: someone wants second derivatives
             with torch.autocast(x.device.type, enabled=False):
                 k_xx, k_yy, k_xy = dense_means(x, y, *ctx.options)
-            inputs = [v for v in (x, y) if v.requires_grad]
-            total = g_xx * k_xx + g_yy * k_yy + g_xy * k_xy
-            grads = iter(torch.autograd.grad(total, inputs, create_graph=True))
+                inputs = [v for v in (x, y) if v.requires_grad]
+                total = g_xx * k_xx + g_yy * k_yy + g_xy * k_xy
+                grads = iter(torch.autograd.grad(total, inputs, create_graph=True))
             return *(next(grads) if v.requires_grad else None for v in (x, y)), None, None, None, None
         return g_xx * d_xx + g_xy * d_xy, g_yy * d_yy + g_xy * d_yx, None, None, None, None
 
@@ -662,12 +673,12 @@ def triton_sums(x: Tensor, y: Tensor, bandwidths, weights, kernel: str) -> tuple
     parts = parts_table(bandwidths, weights, x.device)
     k = z.new_empty(2, len(z))  # over the columns of x, of y
     grads = z.new_empty(2, len(z), d)
-    sizes = {"BLOCK": 32, "BLOCK_D": 32, "OUT_D": min(128, max(16, 2 ** (d - 1).bit_length()))}
+    sizes = {"BLOCK": 32, "BLOCK_D": 32, "OUT_D": min(64, max(16, 2 ** (d - 1).bit_length()))}
     grid = (-(-n // 32) + -(-len(y) // 32), 2, -(-d // sizes["OUT_D"]))
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        mmd_kernel()[grid](
-            z, centers, parts, k, grads, n, len(y), d, kernel == "gaussian", len(parts), **sizes
-        )
+        launch = mmd_kernel()[grid]
+        sizes |= {"num_warps": 8, "num_stages": 2}  # so all stays in registers (tests/test_triton.py)
+        launch(z, centers, parts, k, grads, n, len(y), d, kernel == "gaussian", len(parts), **sizes)
     sums = k[0, :n].sum(), k[1, n:].sum(), k[1, :n].sum()
     return sums, (grads[0, :n], grads[1, n:], grads[1, :n], grads[0, n:])
 
@@ -706,7 +717,7 @@ def mmd_kernel():
         k_sum, w_sum = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
         pull = tl.zeros((BLOCK, OUT_D), tl.float32)
         for col in range(side * n, n + side * m, BLOCK):
-            cols = col.to(tl.int64) + tl.arange(0, BLOCK)
+            cols = col + tl.arange(0, BLOCK).to(tl.int64)
             col_inside = cols < n + side * m
             # Squared distances t (BLOCK, BLOCK), from BLOCK_D coordinates at a time
             dot = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -815,7 +826,10 @@ def train(args: Args) -> Path:
     toy = args.dataset in TOYS
     with ExitStack() as stack:
         # Torch's random numbers and switches, which the stack puts back at the end
-        device = torch.device(args.device)
+        try:
+            device = torch.empty(0, device=args.device).device
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {args.device} cannot be used, try cpu: {error!s:.60}") from error
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
         torch.set_deterministic_debug_mode("warn" if args.torch_deterministic else "default")
@@ -858,8 +872,11 @@ def train(args: Args) -> Path:
         if args.resume:
             folder = Path(args.resume)
             checkpoint = load_checkpoint(folder)
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(checkpoint[name])
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise UserError(f"the options do not fit the networks of {folder}: {error!s:.100}") from error
             torch.set_rng_state(checkpoint["rng"])
             if device.type == "cuda" and checkpoint["rng_cuda"] is not None:
                 torch.cuda.set_rng_state(checkpoint["rng_cuda"], device)
@@ -917,6 +934,12 @@ def train(args: Args) -> Path:
                 stack.callback(signal.signal, number, before)
 
         quiet = True if rank else None
+
+        def explain(kind, error, trace) -> None:
+            if kind is ValueError:
+                raise UserError(f"step {step}: {error}; lower the learning rates") from error
+
+        stack.push(explain)
         bar = stack.enter_context(tqdm(total=args.num_steps, initial=step, desc=SCRIPT, disable=quiet))
         clock, logged_step = time.perf_counter(), step
         while step < args.num_steps and not any_rank(signals):

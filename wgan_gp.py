@@ -113,7 +113,7 @@ class Args:
     def __init__(self, **options):
         """Take the options, then those of the resumed run or the data set's preset, then the defaults."""
         base = PRESETS.get(options.get("dataset"), {})
-        if options.get("resume"):
+        if options.get("resume") and len(options) < len(fields(self)):
             base = load_checkpoint(options["resume"])["args"]
             del base["device"]  # another machine may go on
         fill_args(self, base | options)
@@ -134,17 +134,20 @@ def fill_args(args, options: dict) -> None:
         value = options.get(f.name, default)
         if isinstance(value, str | os.PathLike):
             value = os.path.expanduser(value)
-        kind = {int: numbers.Integral, float: numbers.Real, tuple[float, ...]: tuple}.get(f.type, f.type)
-        if get_origin(kind) is Literal:
-            fits = value in get_args(kind)
+        if f.type in (int, float):
+            number = numbers.Integral if f.type is int else numbers.Real
+            fits = isinstance(value, number) and not isinstance(value, bool) and 0 <= value < math.inf
+            fits = fits and (value > 0 or f.name in MAY_BE_ZERO)
+            value = f.type(value) if fits else value
+            wanted = f"{f.type.__name__}, {'not negative' if f.name in MAY_BE_ZERO else 'positive'}"
+        elif get_origin(f.type) is Literal:
+            fits = value in get_args(f.type)
+            wanted = "one of " + ", ".join(map(repr, get_args(f.type)))
         else:
-            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if fits and f.type in (int, float):
-            value = f.type(value)
-            fits = 0 < value < math.inf or (value == 0 and f.name in MAY_BE_ZERO)
+            fits = isinstance(value, get_origin(f.type) if get_origin(f.type) is tuple else f.type)
+            wanted = str(f.type)
         if not fits:
-            wanted = f"{getattr(f.type, '__name__', f.type)}{', positive' * (f.type in (int, float))}"
-            raise UserError(f"{f.name} must be {wanted}, not {value!r}".replace("typing.Literal", "one of "))
+            raise UserError(f"{f.name} must be {wanted}, not {value!r}")
         setattr(args, f.name, value)
 
 
@@ -309,12 +312,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 def load_checkpoint(run: str | os.PathLike) -> dict:
     """Return the checkpoint of a run folder, without running code in it. Raises UserError."""
-    path = Path(run, "checkpoint.pt").expanduser()
     try:
+        path = Path(run, "checkpoint.pt").expanduser()
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
     except Exception as error:
-        raise UserError(f"{path} is missing, damaged or no checkpoint of a run: {error!r:.80}") from error
+        raise UserError(f"{run}/checkpoint.pt is missing, damaged or not a run's: {error!r:.80}") from error
     if script != SCRIPT:
         raise UserError(f"{path} belongs to {script}.py, not to {SCRIPT}.py")
     return checkpoint
@@ -435,7 +438,10 @@ def train(args: Args) -> Path:
     toy = args.dataset in TOYS
     with ExitStack() as stack:
         # Torch's random numbers and switches, which the stack puts back at the end
-        device = torch.device(args.device)
+        try:
+            device = torch.empty(0, device=args.device).device
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {args.device} cannot be used, try cpu: {error!s:.60}") from error
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
         torch.set_deterministic_debug_mode("warn" if args.torch_deterministic else "default")
@@ -460,8 +466,11 @@ def train(args: Args) -> Path:
         if args.resume:
             folder = Path(args.resume)
             checkpoint = load_checkpoint(folder)
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(checkpoint[name])
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise UserError(f"the options do not fit the networks of {folder}: {error!s:.100}") from error
             torch.set_rng_state(checkpoint["rng"])
             if device.type == "cuda" and checkpoint["rng_cuda"] is not None:
                 torch.cuda.set_rng_state(checkpoint["rng_cuda"], device)

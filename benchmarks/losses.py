@@ -11,8 +11,12 @@ y ~ N(0.5, 1) in d dimensions. MMD^2 is the biased one with five Gaussian bandwi
 - copied form: concatenate x and y, one Gram matrix, five exponentials, three block means, autograd;
 - copied form compiled: the same under torch.compile; on the CPU only with --compile, its memory with that of
   compiling;
-- mmd2: the loss as mmd_gan.py uses it;
-- mmd2 dense: the same function forced to plain torch (road="dense").
+- mmd2: the loss of mmd_gan.py;
+- mmd2 dense: its plain torch, whole matrices and autograd (dense_means).
+
+The second table of MMD^2 is the time of mmd2 against the data's scale: for 1024 of these points in 64
+dimensions, times each of DEVIATIONS, and each of MIXTURES, unbiased, as a ratio to the least of the row.
+Where a kernel all but vanishes numbers are subnormal, which slow a CPU down if the loss lets them arise.
 
 The debiased Sinkhorn divergence has an epsilon of 0.05 times the mean cost. Each implementation gets the
 cheapest of its settings that is within 1e-3 of the value and 1e-2 of both gradients of a converged solution
@@ -69,10 +73,13 @@ from torch import Tensor
 os.environ.setdefault("PYKEOPS_VERBOSE", "0")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sinkhorn_gan
-from mmd_gan import dot_precision, fail, mmd2
-from sinkhorn_gan import mean_cost, sinkhorn_divergence
+from mmd_gan import dense_means, mmd2
+from sinkhorn_gan import dot_precision, fail, mean_cost, sinkhorn_divergence
 
 BANDWIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
+DEVIATIONS = (0.1, 0.5, 1.0, 1.2, 1.5, 2.0, 5.0, 10.0, 100.0)  # of the second table of MMD^2
+MIXTURES = [("gaussian", s) for s in ((1.0,), (1.0, 2.0, 4.0, 8.0, 16.0), (0.3, 1.0))]
+MIXTURES += [("rational_quadratic", (1.0, 2.0, 4.0))]
 SIZES = {
     "mmd": [(n, d) for d in (16, 64) for n in (64, 256, 1024, 4096)] + [(1024, 784)],
     "sinkhorn": [(n, d) for d in (16, 64, 784) for n in (64, 256, 1024, 4096)],
@@ -118,12 +125,14 @@ class Args:
             fail(f"--device cuda: torch {torch.__version__} finds no CUDA device; use --device cpu")
 
 
-def copied_kernel(x: Tensor, y: Tensor, bandwidths: tuple[float, ...]) -> Tensor:
-    """The Gaussian kernels' sum for all pairs of x (n, d) and y (m, d) together: (n + m, n + m)."""
+def copied_kernel(x: Tensor, y: Tensor, bandwidths: tuple[float, ...], kernel: str = "gaussian") -> Tensor:
+    """The kernels' sum for all pairs of x (n, d) and y (m, d) together: (n + m, n + m)."""
     z = torch.cat((x, y))
     gram = z @ z.T
     squares = gram.diag()
     t = squares[:, None] + squares[None, :] - 2 * gram
+    if kernel == "rational_quadratic":
+        return sum((1 + t / (2 * s)) ** -s for s in bandwidths)
     return sum(torch.exp(-t / (2 * s**2)) for s in bandwidths)
 
 
@@ -143,6 +152,12 @@ def compile_copied() -> Callable:
 def compiled_form(x: Tensor, y: Tensor) -> Tensor:
     """copied_form under torch.compile."""
     return compile_copied()(x, y)
+
+
+def dense_mmd2(x: Tensor, y: Tensor) -> Tensor:
+    """mmd2 by whole matrices and autograd."""
+    k_xx, k_yy, k_xy = dense_means(x, y, BANDWIDTHS, (1.0,) * len(BANDWIDTHS), "gaussian", False)
+    return k_xx + k_yy - 2 * k_xy
 
 
 def squared_cost(x: Tensor, y: Tensor) -> Tensor:
@@ -218,7 +233,7 @@ FORMS: dict[str, tuple[Callable, str, tuple]] = {
     "copied form": (copied_form, "", ()),
     "copied form compiled": (compiled_form, "", ()),
     "mmd2": (partial(mmd2, bandwidths=BANDWIDTHS, unbiased=False), "", ()),
-    "mmd2 dense": (partial(mmd2, bandwidths=BANDWIDTHS, unbiased=False, road="dense"), "", ()),
+    "mmd2 dense": (dense_mmd2, "", ()),
     "sinkhorn_divergence": (ours, "tol", (1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4)),
     "geomloss tensorized": (partial(geomloss, backend="tensorized"), *SCALING),
     "geomloss online": (partial(geomloss, backend="online"), *SCALING),
@@ -521,6 +536,30 @@ def measure(loss: str, forms: list[str], n: int, d: int, args: Args, threads: in
     return rows
 
 
+def scale_rows(args: Args) -> list[list[str]]:
+    """The second table of MMD^2, with its head: times against the data's scale."""
+    x, y = points(min(1024, args.max_n), 64, args.device)
+
+    def once(mixture: tuple, deviation: float) -> float:
+        inputs = [(deviation * v).detach().requires_grad_() for v in (x, y)]
+        value = partial(mmd2, bandwidths=mixture[1], kernel=mixture[0])
+        return milliseconds(lambda: torch.autograd.grad(value(*inputs), inputs), x.is_cuda)
+
+    times = {(mixture, deviation): [] for mixture in MIXTURES for deviation in DEVIATIONS}
+    for _ in range(args.repeats):
+        for case in random.sample(list(times), len(times)):
+            once(*case)  # as in measure, the second one counts
+            times[case].append(once(*case))
+    head = ["kernel", "bandwidths", *(f"{deviation:g}" for deviation in DEVIATIONS), "largest", "least, ms"]
+    rows = [head, ["---"] * 2 + ["--:"] * (len(head) - 2)]
+    for mixture in MIXTURES:
+        medians = np.array([np.median(times[mixture, deviation]) for deviation in DEVIATIONS])
+        ratios = [f"{ratio:.2f}" for ratio in medians / medians.min()]
+        widths = ", ".join(f"{s:g}" for s in mixture[1])
+        rows.append([mixture[0], widths, *ratios, max(ratios, key=float), f"{medians.min():.3f}"])
+    return rows
+
+
 def goal_lines(rows: list[list[str]]) -> list[str]:
     """A line for each of the goals of which there are rows: reached or missed, and the worst figure."""
     cells = {}
@@ -612,6 +651,11 @@ def main(args: Args) -> None:
             say(f"Left out, as they are not installed: {', '.join(missing)}.")
         if args.max_n >= ALONE[args.device]:
             say(f"From n = {ALONE[args.device]} on the others are left out.")
+        if loss == "mmd":
+            say("\nTime of mmd2 and its gradients against the data's standard deviation, over the row's")
+            say(f"least, for n = {min(1024, args.max_n)}, d = 64; medians of {args.repeats}.\n")
+            for row in scale_rows(args):
+                say(f"| {' | '.join(row)} |")
         say("")  # before the next table, the goals or the machine
     for line in goal_lines(rows) if args.device == "cuda" else []:
         say(f"{line}\n")

@@ -21,9 +21,10 @@ The copied sgan_mnist keeps the script's augmentation, joint passes and averaged
 
 Times: a round is --steps of the script, then as many of the copied loop, so that a machine that drifts hits
 both alike. The table has the medians of the rounds and their quartiles, and of the ratio of both in a round.
-Shares of the script's step are from another pass, without --compile: data (drawing, scaling, augmentation),
-backward (with all of gmgan_mnist's penalised_backward), optimizer (with the averages), and loss, which is all
-the rest: forward passes, losses, and the gradient inside a penalty.
+Shares of the script's step are from another pass, without --compile: data (drawing, scaling, augmentation;
+of wgan_gp and mmd_gan scaling alone), backward (with all of gmgan_mnist's penalised_backward), optimizer
+(with the averages), and loss, which is all the rest: forward passes, losses, and the gradient inside a
+penalty.
 """
 
 import contextlib
@@ -150,9 +151,11 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
     return ((input_gradients(critic(points), points).norm(2, dim=1) - 1) ** 2).mean()
 
 
-def mmd_terms(h_real: Tensor, h_fake: Tensor, bandwidths: tuple[float, ...]) -> tuple[Tensor, ...]:
+def mmd_terms(
+    h_real: Tensor, h_fake: Tensor, bandwidths: tuple[float, ...], kernel: str = "gaussian"
+) -> tuple[Tensor, ...]:
     """k_xx, k_yy and k_xy of features (n, d), without the pairs of a sample with itself."""
-    k, n = copied_kernel(h_real, h_fake, bandwidths), len(h_real)
+    k, n = copied_kernel(h_real, h_fake, bandwidths, kernel), len(h_real)
     own = [(block.sum() - block.trace()) / (n * (n - 1)) for block in (k[:n, :n], k[n:, n:])]
     return *own, k[:n, n:].mean()
 
@@ -262,11 +265,10 @@ def copied_gmgan_mnist(script: ModuleType, args, device: str) -> Iterator[dict[s
 
 def copied_wgan_gp(script: ModuleType, args, device: str) -> Iterator[dict[str, float]]:
     """Wasserstein's estimate and the gradient penalty."""
-    generator = contiguous(script.make_generator(args.latent_dim, args.channels, False), device)
-    critic = contiguous(script.make_critic(1, args.channels, False, False, 1.0), device)
-    adam = functools.partial(torch.optim.Adam, betas=(args.beta1, args.beta2))
-    opt_g = adam(generator.parameters(), lr=args.lr_generator)
-    opt_d = adam(critic.parameters(), lr=args.lr_critic)
+    generator = contiguous(script.make_generator(args.latent_dim), device)
+    critic = contiguous(script.make_critic(), device)
+    adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, betas=(0.0, 0.9))
+    opt_g, opt_d = adam(generator.parameters()), adam(critic.parameters())
     for real, _ in batches(image_data("MNIST", args.data_dir), args.batch_size, device):
         opt_d.zero_grad()
         fake = generator(noise(args, device))  # whose gradient PyTorch-GAN takes here, too
@@ -283,14 +285,13 @@ def copied_wgan_gp(script: ModuleType, args, device: str) -> Iterator[dict[str, 
 
 
 def copied_feature_gan(
-    script: ModuleType, args, device: str, scale: float, loss_of_critic: Callable, loss_of_generator: Callable
+    networks: tuple[nn.Module, nn.Module], args, device: str, beta1: float, losses: tuple[Callable, Callable]
 ) -> Iterator[dict[str, float]]:
-    """Two losses of the critic's features (b, d) of real and of fake images."""
-    generator = contiguous(script.make_generator(args.latent_dim, args.channels, False), device)
-    critic = script.make_critic(args.feature_dim, args.channels, False, args.spectral_norm, scale)
-    critic = contiguous(critic, device)
-    opt_g = torch.optim.Adam(generator.parameters(), lr=args.lr_generator, betas=(args.beta1, 0.999))
-    opt_d = torch.optim.Adam(critic.parameters(), lr=args.lr_critic, betas=(args.beta1, 0.999))
+    """Two losses, critic's and generator's, of the critic's features (b, d) of real and of fake images."""
+    generator, critic = (contiguous(network, device) for network in networks)
+    loss_of_critic, loss_of_generator = losses
+    opt_g = torch.optim.Adam(generator.parameters(), lr=args.lr_generator, betas=(beta1, 0.999))
+    opt_d = torch.optim.Adam(critic.parameters(), lr=args.lr_critic, betas=(beta1, 0.999))
     for real, _ in batches(image_data("MNIST", args.data_dir), args.batch_size, device):
         opt_d.zero_grad()
         fake = generator(noise(args, device)).detach()
@@ -309,19 +310,23 @@ def copied_mmd_gan(script: ModuleType, args, device: str) -> Iterator[dict[str, 
     """The repulsive critic, and MMD^2."""
 
     def loss_of_critic(h_real: Tensor, h_fake: Tensor) -> Tensor:
-        return script.critic_loss(*mmd_terms(h_real, h_fake, args.bandwidths), args.repulsion)
+        k_xx, k_yy, _ = mmd_terms(h_real, h_fake, args.bandwidths, args.kernel)
+        return k_xx - k_yy
 
     def loss_of_generator(h_real: Tensor, h_fake: Tensor) -> Tensor:
-        k_xx, k_yy, k_xy = mmd_terms(h_real, h_fake, args.bandwidths)
+        k_xx, k_yy, k_xy = mmd_terms(h_real, h_fake, args.bandwidths, args.kernel)
         return k_xx + k_yy - 2 * k_xy
 
-    return copied_feature_gan(script, args, device, args.feature_scale, loss_of_critic, loss_of_generator)
+    networks = script.make_generator(args.latent_dim), script.make_critic(False, args.spectral_norm)
+    return copied_feature_gan(networks, args, device, 0.5, (loss_of_critic, loss_of_generator))
 
 
 def copied_sinkhorn_gan(script: ModuleType, args, device: str) -> Iterator[dict[str, float]]:
     """The repulsive critic, and the Sinkhorn divergence."""
-    losses = (functools.partial(f, epsilon=args.epsilon) for f in (repulsive_sinkhorn_loss, sinkhorn_loss))
-    return copied_feature_gan(script, args, device, 1.0, *losses)
+    losses = [functools.partial(f, epsilon=args.epsilon) for f in (repulsive_sinkhorn_loss, sinkhorn_loss)]
+    generator = script.make_generator(args.latent_dim, args.channels, False)
+    critic = script.make_critic(args.feature_dim, args.channels, False, args.spectral_norm, 1.0)
+    return copied_feature_gan((generator, critic), args, device, args.beta1, losses)
 
 
 class Replay:
@@ -423,16 +428,31 @@ def script_args(name: Script, args: Args, **changes):
 def watch_training(name: Script, settings, before_step: Callable[[int], None]) -> None:
     """Run the script's train() until before_step, called with the number of steps done, raises Enough."""
     script = import_module(name)
-    steps, deterministic = script.Run.steps, torch.get_deterministic_debug_mode()
+    deterministic = torch.get_deterministic_debug_mode()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def watched(run) -> Iterator[int]:
-        for step in steps(run):
-            before_step(step - 1)
-            yield step
+    if hasattr(script, "Run"):
+        steps = script.Run.steps
 
-    try:
+        def watched(run) -> Iterator[int]:
+            for step in steps(run):
+                before_step(step - 1)
+                yield step
+
         watching = patch.multiple(script.Run, steps=watched, quiet=True)
+    else:  # wgan_gp and mmd_gan have no more than a progress bar, which counts the steps
+
+        class Bar(script.tqdm):
+            def __init__(self, *values, **options):
+                super().__init__(*values, **options | {"disable": True})
+                before_step(0)
+
+            def update(self, n: int = 1) -> None:
+                self.n += n
+                before_step(self.n)
+
+        watching = patch.object(script, "tqdm", Bar)
+    try:
         with tempfile.TemporaryDirectory() as folder, watching, contextlib.suppress(Enough):
             script.train(dataclasses.replace(settings, run_dir=folder))
     finally:  # what train() sets for the process it thinks is its own
@@ -524,16 +544,18 @@ def measure_shares(name: Script, settings, args: Args) -> dict[str, float]:
             spent["loss"] = time.perf_counter() - start - sum(spent.values())
             raise Enough
 
-    make_average = script.average
+    make_average = getattr(script, "average", None)
     with contextlib.ExitStack() as stack:
         places = [(script, part, "data") for part in ("draw_batch", "to_float", "augment", "paste_patches")]
         places += [(Tensor, "backward", "backward"), (script, "penalised_backward", "backward")]
         places += [(torch.optim.Adam, "step", "optimizer")]
+        places += [(torch.optim.swa_utils.AveragedModel, "update_parameters", "optimizer")]
         for owner, function, part in places:
             if hasattr(owner, function):
                 wrapped = timed(part, getattr(owner, function))
                 stack.enter_context(patch.object(owner, function, wrapped))
-        stack.enter_context(patch.object(script, "average", average))
+        if make_average:  # it replaces AveragedModel's own method
+            stack.enter_context(patch.object(script, "average", average))
         watch_training(name, settings, before_step)
     return {part: seconds / sum(spent.values()) for part, seconds in spent.items()}
 

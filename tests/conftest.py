@@ -66,6 +66,12 @@ def tiny_mnist(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    """One --run-dir, so that a classifier that evaluates samples is trained once."""
+    return tmp_path_factory.mktemp("runs")
+
+
 def environment(changes: dict | None) -> dict:
     """This process's environment with changes; None takes a variable away."""
     env = {"OMP_NUM_THREADS": str(THREADS)} | os.environ | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}

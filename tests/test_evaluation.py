@@ -8,7 +8,16 @@ import torch
 from torch import nn
 
 import mmd_gan
-from mmd_gan import average, frechet_distance, load_images, load_toy, precision_recall, toy_metrics, toy_modes
+import sinkhorn_gan
+from sinkhorn_gan import (
+    average,
+    load_images,
+    load_toy,
+    toy_modes,
+)
+
+# The first edition's definitions, and the second's
+EDITIONS = pytest.mark.parametrize("script", [sinkhorn_gan, mmd_gan], ids=["first", "second"])
 
 
 def points(n, d, seed=0):
@@ -19,25 +28,29 @@ def points(n, d, seed=0):
 # Images
 
 
-def test_frechet_distance_of_equal_sets_is_zero():
+@EDITIONS
+def test_frechet_distance_of_equal_sets_is_zero(script):
     x = points(200, 5)
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(x.float(), x.float()) == pytest.approx(0, abs=1e-4)
+    assert script.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert script.frechet_distance(x.float(), x.float()) == pytest.approx(0, abs=1e-4)
 
 
-def test_frechet_distance_of_a_shift_is_its_square():
+@EDITIONS
+def test_frechet_distance_of_a_shift_is_its_square(script):
     x = points(200, 5)
-    assert frechet_distance(x, x + torch.tensor([3.0, 0, 0, 4.0, 0])) == pytest.approx(25, rel=1e-6)
+    assert script.frechet_distance(x, x + torch.tensor([3.0, 0, 0, 4.0, 0])) == pytest.approx(25, rel=1e-6)
 
 
-def test_frechet_distance_of_a_scale():
+@EDITIONS
+def test_frechet_distance_of_a_scale(script):
     """With covariances C and s^2 C the distance is (s - 1)^2 trace C, at equal means."""
     x = points(200, 5)
     x = x - x.mean(0)
-    assert frechet_distance(x, 3 * x) == pytest.approx(4 * x.T.cov().trace().item(), rel=1e-6)
+    assert script.frechet_distance(x, 3 * x) == pytest.approx(4 * x.T.cov().trace().item(), rel=1e-6)
 
 
-def test_frechet_distance_against_matrix_square_root():
+@EDITIONS
+def test_frechet_distance_against_matrix_square_root(script):
     """Heusel et al. 2017, eq. 6, with the root of the product taken by eigenvalues of a symmetric matrix."""
     x, y = (points(300, 6, s) @ points(6, 6, s + 2) + s for s in (0, 1))
     (mean_x, cov_x), (mean_y, cov_y) = ((v.numpy().mean(0), np.cov(v.numpy(), rowvar=False)) for v in (x, y))
@@ -45,14 +58,15 @@ def test_frechet_distance_against_matrix_square_root():
     root_x = vectors * np.sqrt(values) @ vectors.T
     trace = np.sqrt(np.linalg.eigvalsh(root_x @ cov_y @ root_x)).sum()
     expected = ((mean_x - mean_y) ** 2).sum() + np.trace(cov_x) + np.trace(cov_y) - 2 * trace
-    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-8)
-    assert frechet_distance(y, x) == pytest.approx(expected, rel=1e-8)
+    assert script.frechet_distance(x, y) == pytest.approx(expected, rel=1e-8)
+    assert script.frechet_distance(y, x) == pytest.approx(expected, rel=1e-8)
 
 
-def test_frechet_distance_of_features_that_are_constant():
+@EDITIONS
+def test_frechet_distance_of_features_that_are_constant(script):
     """A feature that never fires makes the covariance singular."""
     x = points(100, 4) * torch.tensor([1.0, 1.0, 0.0, 0.0])
-    assert frechet_distance(x, x + 1) == pytest.approx(4, rel=1e-6)
+    assert script.frechet_distance(x, x + 1) == pytest.approx(4, rel=1e-6)
 
 
 def brute_precision_recall(real, fake, k):
@@ -73,29 +87,32 @@ def brute_precision_recall(real, fake, k):
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_precision_recall_against_a_loop(k):
+@EDITIONS
+def test_precision_recall_against_a_loop(script, k):
     real, fake = points(30, 3), 0.7 * points(25, 3, 1) + 1
     expected = brute_precision_recall(real, fake, k)
     assert all(0 < v < 1 for v in expected)
-    assert precision_recall(real, fake, k) == pytest.approx(expected, abs=1e-6)
+    assert script.precision_recall(real, fake, k) == pytest.approx(expected, abs=1e-6)
 
 
-def test_precision_recall_of_known_sets():
+@EDITIONS
+def test_precision_recall_of_known_sets(script):
     real = points(60, 2)
     left = real[real[:, 0] < real[:, 0].median()]
-    assert precision_recall(real, real) == (1, 1)
-    assert precision_recall(real, real + 100) == (0, 0)
-    precision, recall = precision_recall(real, left)
+    assert tuple(script.precision_recall(real, real)) == (1, 1)
+    assert tuple(script.precision_recall(real, real + 100)) == (0, 0)
+    precision, recall = script.precision_recall(real, left)
     assert precision == 1 and 0.4 < recall < 0.8
 
 
-def test_precision_recall_in_blocks():
+@EDITIONS
+def test_precision_recall_in_blocks(script):
     """More than a block of 1,000 points: each block sees all the others."""
     real, fake = points(1100, 2), points(1050, 2, 1)
     near = torch.cdist(fake, real) <= torch.cdist(real, real).sort(1).values[:, 3]
     far = torch.cdist(real, fake) <= torch.cdist(fake, fake).sort(1).values[:, 3]
     expected = [v.any(1).double().mean().item() for v in (near, far)]
-    assert precision_recall(real, fake) == pytest.approx(expected, abs=2e-3)
+    assert script.precision_recall(real, fake) == pytest.approx(expected, abs=2e-3)
 
 
 def test_image_metrics_of_class_shares():
@@ -115,12 +132,12 @@ def test_image_metrics_of_class_shares():
     labels = torch.arange(100) % 10
     fake, real = images.clone(), images.clone()
     fake[:, 0, 0] = torch.arange(100) % 5  # only half of the classes
-    metrics = mmd_gan.image_metrics(judge, fake, real, labels)
+    metrics = sinkhorn_gan.image_metrics(judge, fake, real, labels)
     assert metrics["class_shares"] == [0.2] * 5 + [0.0] * 5
     assert metrics["class_kl"] == pytest.approx(math.log(2))
     assert {"fid", "precision", "recall"} < metrics.keys()
     fake[:, 0, 0] = real[:, 0, 0] = labels.to(torch.uint8)
-    same = mmd_gan.image_metrics(judge, mmd_gan.to_float(fake), real, labels)
+    same = sinkhorn_gan.image_metrics(judge, sinkhorn_gan.to_float(fake), real, labels)
     assert same["class_kl"] == pytest.approx(0, abs=1e-12) and same["precision"] == 1
     assert same["fid"] == pytest.approx(0, abs=1e-4)
 
@@ -128,27 +145,27 @@ def test_image_metrics_of_class_shares():
 def test_judge_is_reproducible_and_leaves_the_random_state_alone():
     images, labels, _, _ = load_images("digits", "", "test")
     state = torch.get_rng_state()
-    first, second = (mmd_gan.train_judge(images[:500], labels[:500], epochs=2) for _ in range(2))
+    first, second = (sinkhorn_gan.train_judge(images[:500], labels[:500], epochs=2) for _ in range(2))
     assert torch.equal(state, torch.get_rng_state())
     for a, b in zip(first.state_dict().values(), second.state_dict().values()):
         assert torch.equal(a, b)
-    features, logits = mmd_gan.judge_images(first, images[500:])
+    features, logits = sinkhorn_gan.judge_images(first, images[500:])
     assert features.shape == (937, 128) and not first.training
     assert (logits.argmax(1) == labels[500:]).float().mean() > 0.8
 
 
 def test_judge_is_kept_and_a_damaged_one_is_made_again(tmp_path, capsys):
     images, labels, _, _ = load_images("digits", "", "test")
-    args = mmd_gan.Args(dataset="digits", run_dir=str(tmp_path))
-    _, first = mmd_gan.load_judge(args, images[:300], labels[:300])
+    args = sinkhorn_gan.Args(dataset="digits", run_dir=str(tmp_path))
+    _, first = sinkhorn_gan.load_judge(args, images[:300], labels[:300])
     assert "training the judge" in capsys.readouterr().out
-    _, again = mmd_gan.load_judge(args, images[:300], labels[:300])
+    _, again = sinkhorn_gan.load_judge(args, images[:300], labels[:300])
     assert again == first and capsys.readouterr().out == ""
     (path,) = tmp_path.glob("judge__digits__*.pt")
     path.write_bytes(path.read_bytes()[:1000])
-    _, again = mmd_gan.load_judge(args, images[:300], labels[:300])
+    _, again = sinkhorn_gan.load_judge(args, images[:300], labels[:300])
     assert again == first and "training the judge" in capsys.readouterr().out
-    _, other = mmd_gan.load_judge(args, images[300:600], labels[300:600])
+    _, other = sinkhorn_gan.load_judge(args, images[300:600], labels[300:600])
     assert other != first and len(list(tmp_path.glob("judge__*.pt"))) == 2
 
 
@@ -156,24 +173,26 @@ def test_judge_is_kept_and_a_damaged_one_is_made_again(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dataset, k, std", [("ring", 8, 0.01), ("grid", 25, 0.05)])
-def test_toy_metrics(dataset, k, std):
-    modes, given = toy_modes(dataset)
+@EDITIONS
+def test_toy_metrics(script, dataset, k, std):
+    modes, given = script.toy_modes(dataset)
     assert modes.shape == (k, 2) and given == std
-    one = toy_metrics(modes[3].expand(500, 2), modes, std)
+    one = script.toy_metrics(modes[3].expand(500, 2), modes, std)
     assert one == {"modes": 1, "high_quality": 1.0, "mode_kl": pytest.approx(math.log(k), rel=1e-6)}
-    real = toy_metrics(load_toy(dataset, 50_000), modes, std)
+    real = script.toy_metrics(load_toy(dataset, 50_000), modes, std)
     # 3 std of a 2-D Gaussian hold 1 - exp(-9/2) of it
     assert real["modes"] == k and real["high_quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.003)
     assert 0 <= real["mode_kl"] < 1e-3
     step = torch.tensor([std, 0.0])
-    beside = toy_metrics(torch.cat((modes + 2.9 * step, modes + 3.1 * step)), modes, std)
+    beside = script.toy_metrics(torch.cat((modes + 2.9 * step, modes + 3.1 * step)), modes, std)
     assert beside == {"modes": k, "high_quality": 0.5, "mode_kl": pytest.approx(0, abs=1e-12)}
-    off = toy_metrics(modes + 4 * step, modes, std)
+    off = script.toy_metrics(modes + 4 * step, modes, std)
     assert off["modes"] == 0 and off["high_quality"] == 0
 
 
-def test_toy_modes_are_those_of_the_papers():
-    ring, grid = toy_modes("ring")[0], toy_modes("grid")[0]
+@EDITIONS
+def test_toy_modes_are_those_of_the_papers(script):
+    ring, grid = script.toy_modes("ring")[0], script.toy_modes("grid")[0]
     torch.testing.assert_close(ring.norm(dim=1), torch.ones(8))
     torch.testing.assert_close(
         (ring - ring.roll(1, 0)).norm(dim=1), torch.full((8,), 2 * math.sin(math.pi / 8))
@@ -251,6 +270,6 @@ def test_idx_files_are_read_as_they_were_written(tiny_mnist):
 
 def test_batches_and_scales():
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1).expand(2, 28, 28)
-    batch = mmd_gan.draw_batch(images, 50)
+    batch = sinkhorn_gan.draw_batch(images, 50)
     assert batch.shape == (50, 1, 28, 28) and set(batch.unique().tolist()) == {-1.0, 1.0}
-    assert mmd_gan.draw_batch(load_toy("ring", 10), 20).shape == (20, 2)
+    assert sinkhorn_gan.draw_batch(load_toy("ring", 10), 20).shape == (20, 2)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -39,14 +40,18 @@ def torchrun(script: str, folder: Path, options: list[str]) -> subprocess.Popen:
     return subprocess.Popen(line, cwd=folder, env=environment(QUIET), **pipes)
 
 
-def processes(script: str, folder: Path, options: list[str], count: int) -> list[forked.Command]:
-    """The script in so many processes, with what torchrun tells them, sooner."""
+def rank_environments(count: int) -> list[dict]:
+    """What torchrun tells its processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         env = QUIET | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
     env |= {"WORLD_SIZE": str(count)}
-    ranks = [env | {"RANK": str(n), "LOCAL_RANK": str(n)} if count > 1 else QUIET for n in range(count)]
-    line = command(script, options)
+    return [env | {"RANK": str(n), "LOCAL_RANK": str(n)} if count > 1 else QUIET for n in range(count)]
+
+
+def processes(script: str, folder: Path, options: list[str], count: int) -> list[forked.Command]:
+    """The script in so many processes, with what torchrun tells them, sooner."""
+    line, ranks = command(script, options), rank_environments(count)
     return [forked.Command(forked.run_script, *line, folder=folder, env=environment(rank)) for rank in ranks]
 
 
@@ -62,11 +67,6 @@ def outcome(folder: Path) -> tuple[list[dict], dict]:
 # small rates where some weights have no gradient to speak of; the gradients, which Adam keeps, are compared.
 SLOW = "--lr-generator 1e-8 --lr-critic 1e-8"
 RUNS = {
-    "mmd-learned": (
-        "mmd_gan.py",
-        f"--dataset ring --encoder learned --batch-size 16 --bandwidth-mode learned {SLOW}",
-    ),
-    "mmd-images": ("mmd_gan.py", f"--dataset mnist --batch-size 8 --channels 4 --gradient-penalty 1 {SLOW}"),
     "sinkhorn-ring": ("sinkhorn_gan.py", "--dataset ring --batch-size 16"),
     "sinkhorn-images": ("sinkhorn_gan.py", f"--dataset mnist --batch-size 8 --channels 4 {SLOW}"),
 }
@@ -104,7 +104,7 @@ def test_a_batch_that_cannot_be_divided(tmp_path):
     started = processes("mmd_gan.py", tmp_path, ["--dataset", "ring", "--batch-size", "15"], 2)
     results = [one.finish() for one in started]
     assert all(result.returncode for result in results)
-    assert any("--batch-size 15 cannot be divided among 2 processes" in result.stderr for result in results)
+    assert any("--batch-size 15 is no multiple of 2 processes" in result.stderr for result in results)
     assert not (tmp_path / "runs").exists()
 
 
@@ -135,13 +135,86 @@ def test_torchrun_and_ctrl_c(tmp_path):
     assert lines[-1]["step"] == step + 2
 
 
-@pytest.mark.parametrize("script", [mmd_gan, sinkhorn_gan], ids=["mmd", "sinkhorn"])
-def test_alone_nothing_changes(script):
+def test_alone_nothing_changes():
     """Without torchrun a batch is shared with nobody, and batch normalisation is torch's."""
     x = torch.randn(6, 3, 4, 4, requires_grad=True)
-    assert script.share(x) is x or torch.equal(script.share(x), x)
-    assert script.gather(x) is x and script.RANK == 0 and script.PROCESSES == 1
+    assert torch.equal(sinkhorn_gan.share(x), x)
+    assert sinkhorn_gan.gather(x) is x and sinkhorn_gan.RANK == 0 and sinkhorn_gan.PROCESSES == 1
     plain = nn.BatchNorm2d(3)
-    ours = script.globalise(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))[0]
-    assert type(ours) is script.GlobalBatchNorm2d and ours.state_dict().keys() == plain.state_dict().keys()
+    ours = sinkhorn_gan.globalise(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))[0]
+    assert (
+        type(ours) is sinkhorn_gan.GlobalBatchNorm2d and ours.state_dict().keys() == plain.state_dict().keys()
+    )
     assert torch.equal(ours(x), plain(x)) and math.isfinite(ours.running_var.sum())
+    assert mmd_gan.gather(x) is x
+
+
+# mmd_gan.py, whose processes draw samples of their own
+
+
+def test_the_loss_is_that_of_the_whole_batch():
+    """Value and gradients, in each of two processes, of what one process makes of all samples."""
+    code = """
+        import os, sys
+        import torch, torch.distributed as dist
+        sys.path.insert(0, os.environ["ROOT"])
+        import mmd_gan
+        rank = int(os.environ["RANK"])
+        rng = torch.Generator().manual_seed(0)
+        x, y = (torch.randn(8, 3, generator=rng, dtype=torch.float64) for _ in range(2))
+        torch.manual_seed(0)
+        network = torch.nn.Linear(3, 2).double()
+        def loss(x, y):
+            h = [mmd_gan.gather(h) for h in network(torch.cat((x, y))).chunk(2)]
+            loss = mmd_gan.mmd2(*h, (1.0, 2.0))
+            network.zero_grad()
+            loss.backward()
+            mmd_gan.average_gradients(network)
+            return [loss.detach(), *(p.grad.clone() for p in network.parameters())]
+        want = loss(x, y)
+        dist.init_process_group("gloo")
+        for a, b in zip(want, loss(*(z.chunk(2)[rank] for z in (x, y)))):
+            torch.testing.assert_close(a, b)
+        assert want[1].abs().min() > 1e-6
+        assert mmd_gan.any_rank([]) is False and mmd_gan.any_rank([2] if rank else []) is True
+        dist.destroy_process_group()
+    """
+    line = [forked.run_code, textwrap.dedent(code)]
+    ranks = [environment(rank | {"ROOT": str(ROOT)}) for rank in rank_environments(2)]
+    for one in [forked.Command(*line, folder=ROOT, env=env) for env in ranks]:
+        result = one.finish()
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "options", ["--dataset ring --encoder learned", "--dataset mnist --penalty-weight 1"]
+)
+def test_mmd_in_two_processes(options, tmp_path, tiny_mnist):
+    """One of them writes, a line a step; the other has other samples."""
+    options = [*options.split(), "--batch-size", "8", "--num-steps", "3", "--data-dir", str(tiny_mnist)]
+    for result in [one.finish() for one in processes("mmd_gan.py", tmp_path, options, 2)]:
+        assert result.returncode == 0, result.stdout + result.stderr
+    lines, state = outcome(tmp_path)
+    trained = [line for line in lines if "mmd2" in line]
+    assert [line["step"] for line in trained] == [1, 2, 3] and state["progress"][0] == 3
+
+
+def test_mmd_stops_in_both_processes(tmp_path):
+    """Whichever got the signal; the first one saves, and one process may go on."""
+    options = ["--dataset", "ring", "--batch-size", "16", "--num-steps", "1000000", "--eval-every", "1000000"]
+    first, second = processes("mmd_gan.py", tmp_path, options, 2)
+    end = time.monotonic() + 120
+    while not any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.jsonl")):
+        assert first.process.is_alive() and time.monotonic() < end
+        time.sleep(0.1)
+    os.kill(second.process.pid, signal.SIGTERM)
+    first, second = first.finish(timeout=120), second.finish(timeout=120)
+    (folder,) = (p for p in (tmp_path / "runs").iterdir() if p.is_dir())
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["progress"][0]
+    assert step and f"stopped after step {step}" in first.stdout and first.returncode
+    assert "Traceback" not in first.stderr + second.stderr
+    options = ["--resume", str(folder), "--num-steps", str(step + 2)]
+    (resumed,) = processes("mmd_gan.py", tmp_path, options, 1)
+    assert resumed.finish().returncode == 0
+    lines, _ = outcome(tmp_path)
+    assert lines[-1]["step"] == step + 2

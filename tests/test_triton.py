@@ -21,15 +21,15 @@ import sinkhorn_gan
 
 pytest.importorskip("triton", reason="Triton is there for Linux only")
 
-# n, m, d, options. Strips are of 8 to 64 rows, tiles of 64 to 256 columns, blocks of 16 to 128 coordinates.
-MMD = {
-    "one point": (1, 1, 1, {"unbiased": False}),
-    "odd sizes": (5, 37, 3, {"bandwidths": (0.7, 1.1, 5.0), "weights": (1.0, 0.5, 2.0)}),
-    "several tiles": (70, 33, 17, {"bandwidths": (8.0, 4.0, 2.0, 1.0, 0.5)}),
-    "all coordinates at once": (40, 33, 40, {}),
-    "rational quadratic": (9, 4, 17, {"kernel": "rational_quadratic", "bandwidths": (0.2, 1.0, 5.0)}),
-    "bounded": (12, 9, 3, {"bounds": (0.5, 4.0), "unbiased": False, "wanted": "y"}),
-    "images": (2, 3, 784, {"bandwidths": (14.0, 28.0, 56.0), "wanted": "x"}),
+# n, m, d, options
+MMD = {  # strips of 32 rows go along 32 columns and 32 coordinates at a time; gradients take 16 to 128
+    "one coordinate": (5, 37, 1, {"bandwidths": (0.7, 1.1, 5.0), "weights": (1.0, 0.5, 2.0)}),
+    "two points": (2, 2, 3, {}),
+    "odd sizes": (70, 33, 17, {"bandwidths": (8.0, 4.0, 2.0, 1.0, 0.5)}),
+    "one bandwidth": (33, 65, 17, {"kernel": "rational_quadratic", "bandwidths": (0.5,)}),
+    "full strips": (64, 32, 32, {"kernel": "rational_quadratic"}),
+    "images": (9, 34, 784, {"bandwidths": (14.0, 28.0, 56.0)}),
+    "rational quadratic images": (34, 3, 784, {"kernel": "rational_quadratic", "bandwidths": (0.2, 5.0)}),
 }
 SINKHORN = {
     "one point": (1, 1, 1, {}),
@@ -64,18 +64,14 @@ def errors(got: list[torch.Tensor], want: list[torch.Tensor]) -> list[float]:
 
 
 def mmd_errors(n: int, m: int, d: int, options: dict, device: str = "cpu") -> list[float]:
-    """Errors of kernel_means by Triton, and of its gradients, against float64."""
-    options = {"bandwidths": (1.0, 2.0, 4.0)} | options
-    wanted = options.pop("wanted", "xy")
-
-    def means(road: str):
-        return lambda x, y: torch.stack(mmd_gan.kernel_means(x, y, road=road, **options))
-
+    """Errors of the sums and gradients of triton_sums, against torch_sums in float64."""
+    options = {"kernel": "gaussian", "bandwidths": (1.0, 2.0, 4.0)} | options
+    bandwidths, kernel = options["bandwidths"], options["kernel"]
+    weights = options.get("weights", (1.0,) * len(bandwidths))
     x, y = points(n, m, d, device)
-    road = "dense" if n * m < 2**24 else "tiled"
-    return errors(
-        gradients(means("triton"), x, y, wanted), gradients(means(road), x.double(), y.double(), wanted)
-    )
+    got = mmd_gan.triton_sums(x, y, bandwidths, weights, kernel)
+    want = mmd_gan.torch_sums(x.double(), y.double(), bandwidths, weights, kernel)
+    return [error for part in range(2) for error in errors(got[part], want[part])]
 
 
 def sinkhorn_errors(n: int, m: int, d: int, options: dict, device: str = "cpu") -> list[float]:
@@ -115,7 +111,7 @@ def kept_errors(n: int, m: int, d: int, options: dict, device: str) -> list[floa
     return [max(error) for error in zip(*found)]
 
 
-CASES = {"mmd": (MMD, mmd_errors, 1e-5), "sinkhorn": (SINKHORN, sinkhorn_errors, 1e-3)}
+CASES = {"mmd": (MMD, mmd_errors, 3e-5), "sinkhorn": (SINKHORN, sinkhorn_errors, 1e-3)}
 
 
 @pytest.mark.parametrize("loss", CASES)
@@ -143,15 +139,15 @@ def interpret(loss: str) -> None:
 # Compiled ahead of time
 
 
-CHAIN = {"KIND": "chain", "PARTS": 5, "UNBIASED": True}
+PAIRS = {"PARTS": 5, "BLOCK": 32, "BLOCK_D": 32}
 ITERATE = {"SELF": False, "IS_KEPT": False, "COLS": 64}
 FINISH = {"IS_KEPT": False, "BLOCK": 32, "COLS": 64}
+MMD_LAUNCHES = [
+    PAIRS | {"D": d, "OUT_D": out, "GAUSSIAN": gaussian}
+    for d, out in ((16, 16), (64, 64), (784, 64))
+    for gaussian in (True, False)
+]
 LAUNCHES = [  # the largest forms of the kernels that are launched: kernel, its constants, warps
-    ("means", CHAIN | {"D": 784, "BLOCK": 64, "BLOCK_D": 32}, 4),
-    ("gradient", CHAIN | {"D": 16, "BLOCK": 32, "BLOCK_D": 16, "OUT_D": 16}, 2),
-    ("gradient", CHAIN | {"D": 32, "BLOCK": 32, "BLOCK_D": 32, "OUT_D": 32, "KIND": "gaussian"}, 2),
-    ("gradient", CHAIN | {"D": 64, "BLOCK": 32, "BLOCK_D": 64, "OUT_D": 64}, 4),
-    ("gradient", CHAIN | {"D": 784, "BLOCK": 32, "BLOCK_D": 32, "OUT_D": 128}, 8),
     ("iterate", ITERATE | {"D": 64, "BLOCK": 32, "BLOCK_D": 64}, 4),
     ("iterate", ITERATE | {"D": 784, "BLOCK": 32, "BLOCK_D": 32}, 4),
     ("iterate", ITERATE | {"D": 784, "BLOCK": 16, "BLOCK_D": 32, "COLS": 256, "IS_KEPT": True}, 4),
@@ -167,7 +163,7 @@ LAUNCHES = [  # the largest forms of the kernels that are launched: kernel, its 
 INTEGERS = ["n", "m", "first", "steps", "limit"]
 
 
-def resources(kernel, constants: dict, warps: int, capability: int) -> str:
+def resources(kernel, constants: dict, warps: int, capability: int, stages: int = 2) -> str:
     """What ptxas says of a kernel that is compiled for a GPU of that capability: registers, stack, ..."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -177,12 +173,13 @@ def resources(kernel, constants: dict, warps: int, capability: int) -> str:
     kinds = {name: "i32" for name in INTEGERS} | dict.fromkeys(("low", "high", "tol"), "fp32")
     kinds |= {"counts": "*i32"} | dict.fromkeys((*constants, "PRECISION"), "constexpr")
     signature = {name: kinds.get(name, "*fp32") for name in names}
-    values = {(names.index(name),): value for name, value in (constants | {"PRECISION": "tf32x3"}).items()}
+    constants = constants | ({"PRECISION": "tf32x3"} if "PRECISION" in names else {})
+    values = {(names.index(name),): value for name, value in constants.items()}
     # As at a launch, where pointers, and sizes that are a multiple of it, are known to be divisible by 16.
     even = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in ("n", "m")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in even}
     source = ASTSource(kernel, signature, values, attributes)
-    target, options = GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": 2}
+    target, options = GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=target, options=options)
     assert compiled.metadata.shared <= 99 * 1024  # what a block may have on a GPU that one buys
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -197,23 +194,34 @@ def resources(kernel, constants: dict, warps: int, capability: int) -> str:
 @pytest.mark.parametrize("name, constants, warps", LAUNCHES)
 def test_no_registers_spill(name, constants, warps, capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernels = (*mmd_gan.triton_means(), *sinkhorn_gan.triton_sinkhorn())
-    (kernel,) = (k for k in kernels if k.__name__ == name)
-    found = resources(kernel, constants, warps, capability)
+    (kernel,) = (k for k in sinkhorn_gan.triton_sinkhorn() if k.__name__ == name)
+    assert_no_spills(resources(kernel, constants, warps, capability))
+
+
+def assert_no_spills(found: str) -> None:
+    """Nothing lies on the stack or in the local memory of a thread."""
     assert re.findall(r"STACK:(\d+)", found)[-1] == "0", found
+    assert {*re.findall(r"LOCAL:(\d+)", found)} <= {"0"}, found
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("constants", MMD_LAUNCHES, ids=lambda v: f"d{v['D']}-{v['GAUSSIAN']}")
+def test_no_registers_of_the_mmd_spill(constants, capability, tmp_path, monkeypatch):
+    """With the sizes, warps and stages of triton_sums."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert_no_spills(resources(mmd_gan.mmd_kernel(), constants, 8, capability))
 
 
 # Roads
 
 
-@pytest.mark.parametrize("loss", CASES)
-def test_without_cuda_another_road_gives_the_same_with_one_warning(loss, monkeypatch):
+def test_without_cuda_another_road_gives_the_same_with_one_warning(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x, y = points(6, 7, 3)
-    compute = {
-        "mmd": lambda road: mmd_gan.mmd2(x, y, (1.0, 2.0), road=road),
-        "sinkhorn": lambda road: sinkhorn_gan.sinkhorn_divergence(x, y, 0.3, road=road),
-    }[loss]
+
+    def compute(road):
+        return sinkhorn_gan.sinkhorn_divergence(x, y, 0.3, road=road)
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(3):
@@ -222,48 +230,46 @@ def test_without_cuda_another_road_gives_the_same_with_one_warning(loss, monkeyp
     assert "Triton has no cpu" in str(warning.message)
 
 
-@pytest.mark.parametrize("module", [mmd_gan, sinkhorn_gan], ids=["mmd", "sinkhorn"])
 @pytest.mark.parametrize("what", ["missing", "failing"])
-def test_where_triton_cannot_run_another_road_does(module, what, monkeypatch):
+def test_where_triton_cannot_run_another_road_does(what, monkeypatch):
     """As on a machine without a C compiler, where the first kernel says so."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # else it would look no further on the CPU
     if what == "missing":
-        monkeypatch.setattr(module, "find_spec", lambda name: None)
+        monkeypatch.setattr(sinkhorn_gan, "find_spec", lambda name: None)
     else:
         monkeypatch.setattr("triton.jit", lambda kernel: {(1,): fails})
-    module.triton_lacks.cache_clear()
+    sinkhorn_gan.triton_lacks.cache_clear()
     try:
         with pytest.warns(UserWarning) as caught:
-            assert not module.takes_triton(torch.zeros(2, 2), "triton")
+            assert not sinkhorn_gan.takes_triton(torch.zeros(2, 2), "triton")
         (warning,) = caught
         said = "Triton is not installed" if what == "missing" else "Failed to find C compiler"
         assert said in str(warning.message) and "slower road" in str(warning.message)
     finally:
-        module.triton_lacks.cache_clear()
+        sinkhorn_gan.triton_lacks.cache_clear()
 
 
 def fails(x):
     raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
 
-@pytest.mark.parametrize("module", [mmd_gan, sinkhorn_gan], ids=["mmd", "sinkhorn"])
-def test_tf32_is_taken_where_torch_may(module, monkeypatch):
+def test_tf32_is_taken_where_torch_may(monkeypatch):
     """In whichever of torch's two ways that is said, of which the older raises an error after the newer."""
     points = SimpleNamespace(is_cuda=True, device="cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert module.dot_precision(points) == "tf32x3"
+    assert sinkhorn_gan.dot_precision(points) == "tf32x3"
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.set_float32_matmul_precision("high")
-        assert module.dot_precision(points) == "tf32"
+        assert sinkhorn_gan.dot_precision(points) == "tf32"
         torch.set_float32_matmul_precision("highest")
         for newer, expected in (("tf32", "tf32"), ("ieee", "tf32x3")):
             torch.backends.cuda.matmul.fp32_precision = newer
-            assert module.dot_precision(points) == expected
+            assert sinkhorn_gan.dot_precision(points) == expected
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert module.dot_precision(points) == "ieee"
+    assert sinkhorn_gan.dot_precision(points) == "ieee"
 
 
 def test_buffers_are_float32_whatever_the_default():
@@ -272,17 +278,15 @@ def test_buffers_are_float32_whatever_the_default():
         torch.set_default_dtype(torch.float64)
         options = False, (True, True), False, 1e-3, 10, torch.device("cpu"), "ieee"
         loop = sinkhorn_gan.TritonLoop(3, 4, 2, *options)
-        table, _ = mmd_gan.mixture_table((0.123,), (1.0,), "gaussian", torch.device("cpu"))
     finally:
         torch.set_default_dtype(before)
-    assert {v.dtype for v in (loop.z, loop.log_w, loop.p, loop.errors, loop.scale, table)} == {torch.float32}
+    assert {v.dtype for v in (loop.z, loop.log_w, loop.p, loop.errors, loop.scale)} == {torch.float32}
 
 
 def test_auto_says_nothing_on_the_cpu():
     x, y = points(6, 7, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mmd_gan.mmd2(x, y, (1.0, 2.0))
         sinkhorn_gan.sinkhorn_divergence(x, y, 0.3)
 
 

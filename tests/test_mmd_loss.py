@@ -1,0 +1,472 @@
+"""The MMD loss: values and gradients against float64, a pair at a time, and all that it refuses."""
+
+import math
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mmd_gan
+import wgan_gp
+from mmd_gan import critic_loss, kernel_means, mmd2, witness
+
+CHAIN = (1.0, 2.0, 4.0)
+MEANS = ("k_xx", "k_yy", "k_xy")
+BOTH = pytest.mark.parametrize("kernel", ["gaussian", "rational_quadratic"])
+
+
+def cloud(n: int, d: int, seed: int = 0, shift: float = 0.0, dtype=torch.float64) -> torch.Tensor:
+    """n Gaussian points around (shift, ..., shift)."""
+    rng = torch.Generator().manual_seed(seed)
+    return (torch.randn(n, d, generator=rng, dtype=torch.float64) + shift).to(dtype)
+
+
+def brute_kernel(a, b, bandwidths, kernel, weights=None) -> torch.Tensor:
+    """The kernel of all pairs, from their differences."""
+    t = (a[:, None] - b[None]).square().sum(2)
+    k = torch.zeros_like(t)
+    for s, w in zip(bandwidths, weights or (1.0,) * len(bandwidths)):
+        k = k + w * ((-t / (2 * s * s)).exp() if kernel == "gaussian" else (1 + t / (2 * s)) ** -s)
+    return k
+
+
+def brute_means(x, y, bandwidths, kernel="gaussian", unbiased=True, weights=None) -> list[torch.Tensor]:
+    """k_xx, k_yy and k_xy by their definitions."""
+    means = []
+    for z in (x, y):
+        k = brute_kernel(z, z, bandwidths, kernel, weights)
+        n = len(z)
+        means.append((k.sum() - k.diagonal().sum()) / (n * (n - 1)) if unbiased else k.mean())
+    return [*means, brute_kernel(x, y, bandwidths, kernel, weights).mean()]
+
+
+def with_gradients(function, *points) -> list[torch.Tensor]:
+    """What the function returns, and the gradients of each of it in each of the points."""
+    points = [p.clone().requires_grad_() for p in points]
+    values = function(*points)
+    values = values if isinstance(values, tuple | list) else [values]
+    out = []
+    for value in values:
+        grads = torch.autograd.grad(value, points, retain_graph=True, allow_unused=True)
+        out += [value.detach(), *(torch.zeros_like(p) if g is None else g for p, g in zip(points, grads))]
+    return out
+
+
+def assert_near(got, want, rel: float) -> None:
+    """Equal up to a share of the norm."""
+    for g, w in zip(got, want, strict=True):
+        assert g.isfinite().all()
+        assert (g.double() - w.double()).norm() <= rel * w.double().norm() + 1e-300
+
+
+SIZES = {
+    "odd": (5, 9, 3, 0.0),
+    "two": (2, 2, 1, 0.0),
+    "far": (30, 21, 4, 1000.0),
+    "tiles": (700, 600, 2, 0.0),
+    "one-tile-and-a-point": (513, 12, 1, 0.0),
+}
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+@BOTH
+def test_means_and_gradients_against_pairs(kernel, size, unbiased):
+    """In float64 to rounding, and in float32 to 1e-4."""
+    n, m, d, shift = SIZES[size]
+    x, y = cloud(n, d, 0, shift), cloud(m, d, 1, shift + 0.3)
+    x, y = x.float().double(), y.float().double()
+    options = {"kernel": kernel, "unbiased": unbiased, "weights": (0.5, 1.0, 3.0, 2.0)}
+    bandwidths = (0.4, 0.8, 2.0, 5.0)
+    want = with_gradients(lambda x, y: brute_means(x, y, bandwidths, **options), x, y)
+    ours = with_gradients(lambda x, y: kernel_means(x, y, bandwidths, **options), x, y)
+    assert_near(ours, want, 1e-10)
+    # The largest term of a gradient may be 100 times the sum.
+    single = with_gradients(lambda x, y: kernel_means(x, y, bandwidths, **options), x.float(), y.float())
+    assert {v.dtype for v in single} == {torch.float32}
+    assert_near(single, want, 1e-4)
+
+
+def test_one_point_will_do_for_the_biased_means():
+    x, y = cloud(1, 3), cloud(1, 3, 1)
+    got = with_gradients(lambda x, y: kernel_means(x, y, CHAIN, unbiased=False), x, y)
+    assert_near(got, with_gradients(lambda x, y: brute_means(x, y, CHAIN, unbiased=False), x, y), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@BOTH
+def test_duplicates(kernel, dtype):
+    """Points that come twice, and sets that are equal: squared distances of zero, and no negative ones."""
+    x = cloud(20, 50, 0, 3.0, dtype)
+    x = torch.cat((x, x))
+    y = x.clone()
+    got = with_gradients(lambda x, y: kernel_means(x, y, CHAIN, kernel), x, y)
+    want = with_gradients(lambda x, y: brute_means(x, y, CHAIN, kernel), x.double(), y.double())
+    assert_near(got, want, 1e-4)
+    assert abs(mmd2(x, y, CHAIN, kernel=kernel, unbiased=False)) < 1e-5
+    same = torch.full((6, 4), 7.5, dtype=dtype)
+    got = with_gradients(lambda x, y: kernel_means(x, y, CHAIN, kernel), same, same)
+    assert [v.item() for v in got[::3]] == [3.0] * 3
+    assert all((v == 0).all() for v in got[1::3] + got[2::3])
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("bandwidths", [(10, 3, 0.5), (0.5, 10, 3), (32, 16, 8, 4, 2, 1)])
+@BOTH
+def test_widths_far_apart_in_many_dimensions(kernel, bandwidths, unbiased):
+    x, y = torch.randn(129, 784, generator=torch.Generator().manual_seed(0)), cloud(64, 784, 1).float()
+    y = y * 1.3 + 0.2
+    options = {"kernel": kernel, "unbiased": unbiased}
+    got = with_gradients(lambda x, y: kernel_means(x, y, bandwidths, **options), x, y)
+    want = with_gradients(lambda x, y: brute_means(x, y, bandwidths, **options), x[:, :].double(), y.double())
+    assert_near(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@BOTH
+def test_derivatives_by_differences(kernel, unbiased):
+    x, y = cloud(4, 3).requires_grad_(), cloud(5, 3, 1, 0.5).requires_grad_()
+    options = {"kernel": kernel, "unbiased": unbiased}
+    assert torch.autograd.gradcheck(lambda x, y: kernel_means(x, y, (0.7, 2.0), **options), (x, y))
+    assert torch.autograd.gradgradcheck(lambda x, y: kernel_means(x, y, (0.7, 2.0), **options), (x, y))
+
+
+@pytest.mark.parametrize("alone", ["x", "y"])
+def test_second_derivatives_where_one_side_is_fixed(alone):
+    """As of a penalty on the gradient in the fake points, with real ones that have none."""
+    x, y = cloud(4, 3), cloud(5, 3, 1, 0.5)
+    free = {"x": x, "y": y}[alone].requires_grad_()
+    (grad,) = torch.autograd.grad(mmd2(x, y, CHAIN), free, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), free)
+    k_xx, k_yy, k_xy = brute_means(x, y, CHAIN)
+    (grad,) = torch.autograd.grad(k_xx + k_yy - 2 * k_xy, free, create_graph=True)
+    torch.testing.assert_close(second, torch.autograd.grad(grad.square().sum(), free)[0])
+
+
+@BOTH
+def test_a_learned_kernel_gets_gradients(kernel):
+    x, y = cloud(6, 3), cloud(7, 3, 1, 0.5)
+    s, w = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in ((0.7, 2.0), (1.0, 0.5)))
+    for unbiased in (True, False):
+
+        def means(function, unbiased=unbiased):
+            return lambda s, w, x, y: function(x, y, s, kernel=kernel, unbiased=unbiased, weights=w)
+
+        got = with_gradients(means(kernel_means), s.detach(), w.detach(), x, y)
+        want = with_gradients(
+            lambda s, w, x, y, unbiased=unbiased: brute_means(x, y, s, kernel, unbiased, [*w]), s, w, x, y
+        )
+        assert_near(got, want, 1e-10)
+    assert torch.autograd.gradcheck(means(kernel_means), (s, w, x, y))
+    value = mmd2(x, y, (0.7, 2.0), kernel=kernel, weights=w)  # one of them learned
+    assert torch.autograd.grad(value, w)[0].abs().min() > 0
+
+
+@BOTH
+def test_a_learned_kernel_and_the_witness_far_from_the_origin(kernel):
+    """Where float32 loses all digits of the squared distances, unless points are centred."""
+    x, y = (cloud(9, 4, seed, 1000.0).float() for seed in (0, 1))
+    got = with_gradients(lambda x, y: kernel_means(x, y, torch.tensor(CHAIN), kernel), x, y)
+    want = with_gradients(lambda x, y: brute_means(x, y, CHAIN, kernel), x.double(), y.double())
+    assert_near(got, want, 1e-4)
+    double = witness(x.double(), x.double(), y.double(), CHAIN, kernel)
+    torch.testing.assert_close(witness(x, x, y, CHAIN, kernel).double(), double, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0, 10.0, 30.0, 100.0])
+@pytest.mark.parametrize("kind", [tuple, torch.tensor])
+@BOTH
+def test_no_denormal_numbers(kernel, kind, scale):
+    """They would take a CPU 100 times as long: what is far below all else counts as none."""
+    x, y = cloud(60, 8, dtype=torch.float32) * scale, cloud(50, 8, 1, dtype=torch.float32) * scale
+    bandwidths = (0.5, 1.0, 2.0)
+    got = with_gradients(lambda x, y: kernel_means(x, y, kind(bandwidths), kernel), x, y)
+    for value in got:
+        assert value.isfinite().all()
+        assert not ((value != 0) & (value.abs() < torch.finfo(torch.float32).tiny)).any()
+    want = with_gradients(lambda x, y: brute_means(x, y, bandwidths, kernel), x.double(), y.double())
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-3, atol=1e-6)
+
+
+def test_one_bandwidth_may_be_a_number():
+    x, y = cloud(4, 3), cloud(5, 3, 1)
+    assert mmd2(x, y, 1.0) == mmd2(x, y, (1.0,)) == mmd2(x, y, 1) == mmd2(x, y, [1.0])
+    torch.testing.assert_close(mmd2(x, y, torch.tensor([1.0])), mmd2(x, y, 1.0))
+    assert torch.equal(witness(x, x, y, 1.0), witness(x, x, y, (1.0,)))
+
+
+def test_defaults():
+    """Gaussian, unbiased, weights of one."""
+    x, y = cloud(4, 3), cloud(5, 3, 1)
+    plain = mmd2(x, y, CHAIN)
+    assert plain == mmd2(x, y, CHAIN, kernel="gaussian", unbiased=True, weights=(1.0, 1.0, 1.0))
+    assert plain.shape == () and plain.dtype == torch.float64
+    k_xx, k_yy, k_xy = kernel_means(x, y, CHAIN)
+    assert plain == k_xx + k_yy - 2 * k_xy
+
+
+def test_inputs_stay_as_they_are():
+    x, y = cloud(40, 3).float().requires_grad_(), cloud(50, 3, 1).float()
+    before = x.detach().clone(), y.clone()
+    mmd2(x, y, CHAIN, kernel="rational_quadratic").backward()
+    assert torch.equal(x, before[0]) and torch.equal(y, before[1]) and y.grad is None
+
+
+def test_points_that_are_not_contiguous():
+    x, y = cloud(3, 40).T, cloud(80, 6, 1)[::2, ::2]
+    torch.testing.assert_close(mmd2(x, y, CHAIN), mmd2(x.contiguous(), y.contiguous(), CHAIN))
+
+
+@pytest.mark.parametrize("n, m", [(33, 20), (1024, 1024)])
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)  # the latter takes most of a minute
+def test_compiled(backend, n, m):
+    x, y = cloud(n, 8, dtype=torch.float32), cloud(m, 8, 1, 0.4, torch.float32)
+    compiled = torch.compile(lambda v: mmd2(v, y, CHAIN), backend=backend)
+    v = x.clone().requires_grad_()
+    try:
+        value = compiled(v)
+    except Exception as error:
+        if backend == "inductor" and "compiler" in str(error).lower():
+            pytest.skip("no C++ compiler")
+        raise
+    value.backward()
+    want = with_gradients(lambda v: mmd2(v, y, CHAIN), x)
+    assert abs(value - want[0]) < 1e-5
+    assert (v.grad - want[1]).norm() < 1e-3 * want[1].norm()
+
+
+@pytest.mark.parametrize("kind", [tuple, torch.tensor])
+@BOTH
+def test_autocast_changes_nothing(kernel, kind):
+    """Matrix products in bfloat16 would lose all digits of small distances."""
+    x, y = (v.requires_grad_() for v in (cloud(40, 16, dtype=torch.float32), cloud(30, 16, 1, 0.4).float()))
+    want = with_gradients(lambda x, y: kernel_means(x, y, kind(CHAIN), kernel), x.detach(), y.detach())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        means = kernel_means(x, y, kind(CHAIN), kernel)
+    assert all(torch.equal(mean, w) for mean, w in zip(means, want[::3], strict=True))
+    got = torch.autograd.grad(sum(means), (x, y))
+    for side, grad in enumerate(got, 1):
+        torch.testing.assert_close(grad, sum(want[side::3]))
+
+
+def test_autocast_of_backward():
+    """Where backward is called in there too, as one should not."""
+    x, y = cloud(40, 16, dtype=torch.float32), cloud(30, 16, 1, 0.4, torch.float32)
+    want = with_gradients(lambda x, y: kernel_means(x, y, CHAIN), x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = with_gradients(lambda x, y: kernel_means(x, y, CHAIN), x, y)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_autocast_and_second_derivatives():
+    """The first derivative is taken in there, as of a penalty that is a part of the loss."""
+    x, y = (v.requires_grad_() for v in (cloud(20, 16, dtype=torch.float32), cloud(9, 16, 1).float()))
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            (grad,) = torch.autograd.grad(mmd2(x, y, CHAIN), x, create_graph=True)
+        results += [[grad, *torch.autograd.grad((1e4 * grad).square().sum(), x)]]
+    assert_near(results[1], results[0], 1e-4)
+
+
+# What cannot work is refused, with the value in the message
+
+X, Y = cloud(4, 3), cloud(5, 3, 1)
+
+
+@pytest.mark.parametrize(
+    "x, y, bandwidths, options, message",
+    [
+        (X[0], Y, CHAIN, {}, r"\(3,\) and \(5, 3\)"),
+        (X, Y[:, :2], CHAIN, {}, r"\(4, 3\) and \(5, 2\)"),
+        (X[None], Y, CHAIN, {}, r"\(1, 4, 3\)"),
+        (X, Y.float(), CHAIN, {}, "torch.float64 .*torch.float32"),
+        (X.long(), Y.long(), CHAIN, {}, "torch.int64"),
+        (X.bfloat16(), Y.bfloat16(), CHAIN, {}, "torch.bfloat16"),
+        (X.half(), Y.half(), CHAIN, {}, "torch.float16"),
+        (X, Y.to("meta"), CHAIN, {}, "cpu.*meta"),
+        (X[:1], Y, CHAIN, {}, "1 and 5 points.*at least 2"),
+        (X, Y[:1], CHAIN, {}, "4 and 1 points.*at least 2"),
+        (X[:0], Y, CHAIN, {"unbiased": False}, "0 and 5 points.*at least 1"),
+        (X * math.nan, Y, CHAIN, {}, "finite"),
+        (X, Y / 0, CHAIN, {"kernel": "rational_quadratic"}, "finite"),
+        (X, Y / 0, torch.tensor(CHAIN), {}, "finite"),
+        (X, Y, (1.0, 0.0), {}, r"bandwidths must be positive.*\(1.0, 0.0\)"),
+        (X, Y, (-1.0,), {"kernel": "rational_quadratic"}, r"bandwidths must be positive.*-1.0"),
+        (X, Y, -1.0, {}, r"bandwidths must be positive.*-1.0"),
+        (X, Y, (math.inf,), {}, "bandwidths must be positive and finite.*inf"),
+        (X, Y, (math.nan,), {}, "bandwidths must be positive and finite.*nan"),
+        (X, Y, (), {}, "0 bandwidths"),
+        (X, Y, CHAIN, {"weights": (1.0, 2.0)}, "3 bandwidths and 2 weights"),
+        (X, Y, torch.tensor(CHAIN), {"weights": (1.0, 2.0)}, "3 bandwidths and 2 weights"),
+        (X, Y, CHAIN, {"kernel": "laplace"}, "gaussian or rational_quadratic.*'laplace'"),
+    ],
+)
+@pytest.mark.parametrize("function", [kernel_means, mmd2])
+def test_value_errors(function, x, y, bandwidths, options, message):
+    with pytest.raises(ValueError, match=message):
+        function(x, y, bandwidths, **options)
+
+
+# The critic's losses, the witness and the penalty
+
+
+def test_critic_losses():
+    """-MMD^2 with a repulsion of -1, k_xx - k_yy with 1; Wang et al. 2019, eq. 4 and 5."""
+    k_xx, k_yy, k_xy = kernel_means(cloud(6, 3), cloud(7, 3, 1, 0.5), CHAIN)
+    assert critic_loss(k_xx, k_yy, k_xy, 1.0) == k_xx - k_yy
+    torch.testing.assert_close(critic_loss(k_xx, k_yy, k_xy, -1.0), -(k_xx + k_yy - 2 * k_xy))
+    torch.testing.assert_close(critic_loss(k_xx, k_yy, k_xy, 0.0), k_xy - k_yy)
+    assert critic_loss(2.0, 3.0, 5.0, 0.5) == 0.5 * 2 + 0.5 * 5 - 3
+
+
+@BOTH
+def test_witness_against_pairs(kernel):
+    t, x, y = (v.requires_grad_() for v in (cloud(6, 3, 2), cloud(7, 3), cloud(8, 3, 1, 0.5)))
+    weights = (1.0, 0.5, 2.0)
+    got = witness(t, x, y, CHAIN, kernel, weights)
+    want = [brute_kernel(t, z, CHAIN, kernel, weights).mean(1) for z in (x, y)]
+    torch.testing.assert_close(got, want[0] - want[1])
+    assert torch.autograd.gradgradcheck(lambda t, x, y: witness(t, x, y, CHAIN, kernel), (t, x, y))
+    biased = mmd2(x, y, CHAIN, kernel=kernel, unbiased=False)
+    both = [witness(z, x, y, CHAIN, kernel).mean() for z in (x, y)]
+    torch.testing.assert_close(both[0] - both[1], biased)
+
+
+def test_witness_of_an_unknown_kernel():
+    with pytest.raises(ValueError, match="laplace"):
+        witness(X, X, Y, CHAIN, "laplace")
+
+
+@pytest.mark.parametrize("script", [mmd_gan, wgan_gp])
+def test_penalty_of_a_linear_function(script):
+    """(|w| - 1)^2 at every point, with derivatives."""
+    w = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
+    real, fake = cloud(5, 2), cloud(5, 2, 1)
+    for f in (lambda t: t @ w, lambda t: (t @ w)[:, None]):
+        penalty = script.gradient_penalty(f, real, fake)
+        assert penalty.item() == 16.0 and penalty.shape == ()
+        (grad,) = torch.autograd.grad(penalty, w)
+        torch.testing.assert_close(grad, 2 * (5 - 1) * w.detach() / 5)
+    images = script.gradient_penalty(
+        lambda t: 2 * t.flatten(1).sum(1), torch.ones(3, 1, 2, 2), torch.ones(3, 1, 2, 2)
+    )
+    assert images.item() == 9.0
+
+
+@pytest.mark.parametrize("script", [mmd_gan, wgan_gp])
+def test_penalty_is_taken_between_the_points(script):
+    """Of t^2 / 2 in one dimension: (|t| - 1)^2, with one t per pair on the way from real to fake."""
+    seen = []
+
+    def f(t):
+        seen.append(t.detach())
+        return t.square().sum(1) / 2
+
+    real, fake = torch.full((2000, 2), 1.0), torch.full((2000, 2), 3.0)
+    penalty = script.gradient_penalty(f, real, fake)
+    (t,) = seen
+    torch.testing.assert_close(t[:, 0], t[:, 1])
+    assert 1 <= t.min() < 1.05 and 2.95 < t.max() <= 3 and abs(t.mean() - 2) < 0.1
+    torch.testing.assert_close(penalty, (t.norm(dim=1) - 1).square().mean())
+
+
+@pytest.mark.parametrize("script", [mmd_gan, wgan_gp])
+def test_penalty_refuses(script):
+    with pytest.raises(ValueError, match=r"\(4, 3\) and fake \(5, 3\)"):
+        script.gradient_penalty(lambda t: t.sum(1), X, Y)
+    for f in (lambda t: t, lambda t: t.sum()):
+        with pytest.raises(ValueError, match="a value per sample"):
+            script.gradient_penalty(f, X, X)
+
+
+# Properties
+
+quick = settings(max_examples=25, deadline=None, database=None, derandomize=True)
+samples = st.tuples(
+    *(st.integers(2, 20), st.integers(2, 20), st.integers(1, 5), st.integers(0, 10**6)),
+    st.sampled_from(["gaussian", "rational_quadratic"]),
+    st.floats(1e-3, 30),
+)
+
+
+def made(case):
+    """The points and the kernel that a drawn case stands for."""
+    n, m, d, seed, kernel, scale = case
+    return scale * cloud(n, d, seed), scale * cloud(m, d, seed + 1), (0.3, 1.0, 5.0), {"kernel": kernel}
+
+
+@quick
+@given(samples, st.booleans())
+def test_property_symmetry(case, unbiased):
+    x, y, bandwidths, options = made(case)
+    there, back = (mmd2(*pair, bandwidths, unbiased=unbiased, **options) for pair in ((x, y), (y, x)))
+    torch.testing.assert_close(there, back, rtol=1e-9, atol=1e-12)
+
+
+@quick
+@given(samples, st.booleans())
+def test_property_order_does_not_matter(case, unbiased):
+    x, y, bandwidths, options = made(case)
+    rng = torch.Generator().manual_seed(case[3])
+    mixed = x[torch.randperm(len(x), generator=rng)], y[torch.randperm(len(y), generator=rng)]
+    values = (mmd2(*pair, bandwidths, unbiased=unbiased, **options) for pair in ((x, y), mixed))
+    torch.testing.assert_close(*values, rtol=1e-9, atol=1e-12)
+
+
+@quick
+@given(samples)
+def test_property_biased_is_never_negative(case):
+    x, y, bandwidths, options = made(case)
+    for dtype, least in ((torch.float64, -1e-12), (torch.float32, -3e-6)):
+        assert mmd2(x.to(dtype), y.to(dtype), bandwidths, unbiased=False, **options).item() >= least
+    assert abs(mmd2(x, x.clone(), bandwidths, unbiased=False, **options).item()) < 1e-10
+
+
+@quick
+@given(samples, st.floats(-100, 100), st.booleans())
+def test_property_translation_of_both(case, shift, unbiased):
+    x, y, bandwidths, options = made(case)
+    here, there = (mmd2(x + s, y + s, bandwidths, unbiased=unbiased, **options) for s in (0, shift))
+    torch.testing.assert_close(here, there, rtol=1e-7, atol=1e-8)
+
+
+# Memory
+
+
+def test_memory_grows_linearly():
+    """Value and gradients of 8,192 x 8,192 points need far less than the matrix of their pairs, 268 MB."""
+    if "VmHWM" not in (Path("/proc/self/status").read_text() if sys.platform == "linux" else ""):
+        pytest.skip("no peak of the resident memory here")  # ru_maxrss starts at the peak of pytest itself
+    code = """
+        import torch
+        from mmd_gan import mmd2
+        torch.set_num_threads(1)
+        def peak():
+            (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+            return int(line.split()[1]) * 1024 / 1e6
+        def run(n, bandwidths):
+            x, y = (torch.randn(n, 16, requires_grad=True) for _ in range(2))
+            mmd2(x, y, bandwidths).backward()
+            assert x.grad.isfinite().all() and y.grad.abs().max() > 0
+        run(600, (4.0, 8.0))
+        before = peak()
+        run(8192, (4.0, 8.0))
+        print(peak() - before)
+        run(3000, torch.tensor([4.0, 8.0]))  # were matrices of 36 MB not seen, nothing were measured
+        print(peak() - before)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    tiled, dense = map(float, result.stdout.split())
+    assert tiled < 60 and dense > 72

@@ -1,0 +1,577 @@
+"""What users do with mmd_gan.py and wgan_gp.py: as a library, as commands, and by mistake."""
+
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_idx
+from test_gans import BOTH, TINY, assert_complete, load, results, rows, signal_at
+
+import mmd_gan
+import wgan_gp
+
+RATE = {mmd_gan: "lr_generator", wgan_gp: "learning_rate"}
+UNREACHABLE = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "all_proxy")}
+UNREACHABLE |= {name.upper(): value for name, value in UNREACHABLE.items()}
+UNREACHABLE |= {"no_proxy": None, "NO_PROXY": None}
+
+
+@pytest.fixture
+def tiny(runs, tiny_mnist, run_name):
+    """tiny(script, **options): Args of a small run on the ring, with a name of its own."""
+
+    def make(script, **options):
+        fixed = {"dataset": "ring", "run_dir": runs, "data_dir": tiny_mnist, "exp_name": run_name()}
+        return script.Args(**(TINY | fixed | options))
+
+    return make
+
+
+def folders(args) -> list[Path]:
+    """The run folders of an experiment."""
+    return list(Path(args.run_dir).glob(f"{args.exp_name}__*"))
+
+
+# From Python
+
+
+@BOTH
+def test_train_in_another_thread(script, tiny):
+    """Where no signal handler can be set."""
+    done = []
+    thread = threading.Thread(target=lambda: done.append(script.train(tiny(script))))
+    thread.start()
+    thread.join()
+    assert_complete(done[0], [3, 4])
+
+
+@BOTH
+def test_three_runs_that_start_together(script, tiny):
+    """Have folders of their own, under one name."""
+    args, found = tiny(script, num_eval_samples=1), []
+    threads = [threading.Thread(target=lambda: found.append(script.train(args))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 3 and sorted(found) == sorted(folders(args))
+    for folder in found:
+        assert [row["step"] for row in rows(folder)] == [1, 2, 3, 3, 4, 4]
+
+
+@BOTH
+def test_paths_of_pathlib(script, tiny, tiny_mnist, tmp_path):
+    """For every option that is a path; and what train returns can be resumed."""
+    args = tiny(script, dataset="mnist", data_dir=Path(tiny_mnist), run_dir=tmp_path / "a" / "b", num_steps=2)
+    folder = script.train(args)
+    assert isinstance(folder, Path) and folder.parent == tmp_path / "a" / "b"
+    assert script.train(script.Args(resume=folder, num_steps=3)) == folder
+    assert results(folder)["args"]["run_dir"] == str(tmp_path / "a" / "b")
+
+
+@BOTH
+def test_home_is_expanded(script, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    folder = script.train(tiny(script, run_dir="~/runs"))
+    assert folder.parent == tmp_path / "runs"
+    short = "~/" + str(folder.relative_to(tmp_path))
+    assert script.load_checkpoint(short)["script"] == script.SCRIPT
+    assert script.Args(resume=short).resume == str(folder) == script.parse_args(["--resume", short]).resume
+
+
+@BOTH
+def test_the_hosts_command_line_is_not_looked_at(script, tiny, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["host", "--nonsense", "3"])
+    folder = script.train(tiny(script))
+    assert results(folder)["steps"] == 4
+    assert script.parse_args([]).num_steps == script.Args().num_steps
+
+
+def state_of_the_process() -> dict:
+    """What a run could leave changed."""
+    cudnn = torch.backends.cudnn
+    return {
+        "deterministic": torch.get_deterministic_debug_mode(),
+        "cudnn": (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32),
+        "precision": torch.get_float32_matmul_precision(),
+        "random": torch.get_rng_state().tolist(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "threads": torch.get_num_threads(),
+        "grad": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+    }
+
+
+@BOTH
+@pytest.mark.parametrize("end", ["returns", "raises", "stops"])
+def test_the_process_is_left_as_it_was(script, end, tiny, monkeypatch):
+    torch.set_deterministic_debug_mode("default")
+    torch.manual_seed(77)
+    args, before = tiny(script), state_of_the_process()
+    if end == "returns":
+        script.train(args)
+    elif end == "raises":
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lights"):
+            patch.setattr(torch.optim.Adam, "step", fail)
+            script.train(args)
+    else:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            signal_at(patch, 2, signal.SIGTERM)
+            script.train(args)
+    assert state_of_the_process() == before
+
+
+def fail(*args, **options):
+    """Stands for an error of torch."""
+    raise RuntimeError("the lights went out")
+
+
+# Options
+
+
+WRONG = [
+    ({"eval_split": "val"}, "eval_split.*'test', 'validation'.*'val'"),
+    ({"dataset": "cifar"}, "dataset.*'mnist', 'fashion-mnist', 'kmnist', 'digits', 'ring', 'grid'.*'cifar'"),
+    ({"seed": "3"}, "seed.*int.*'3'"),
+    ({"seed": -1}, "seed.*-1"),
+    ({"num_steps": 3.0}, "num_steps.*int.*3.0"),
+    ({"num_steps": True}, "num_steps.*int.*True"),
+    ({"num_steps": 0}, "num_steps.*positive.*0"),
+    ({"batch_size": -5}, "batch_size.*-5"),
+    ({"log_every": None}, "log_every.*None"),
+    ({"num_eval_samples": -1}, "num_eval_samples.*-1"),
+    ({"penalty_weight": -1.0}, "penalty_weight.*-1.0"),
+    ({"penalty_weight": math.nan}, "penalty_weight.*nan"),
+    ({"torch_deterministic": 1}, "torch_deterministic.*bool.*1"),
+    ({"track": "yes"}, "track.*bool.*'yes'"),
+    ({"run_dir": 3}, "run_dir.*str.*3"),
+    ({"nonsense": 1}, "no option nonsense"),
+    ({"resume": 7}, "7"),
+]
+WRONG_MMD = [
+    ({"encoder": "Learned"}, "encoder.*'learned', 'none'.*'Learned'"),
+    ({"kernel": "linear"}, "kernel.*'rational_quadratic', 'gaussian'.*'linear'"),
+    ({"loss": None}, "loss.*'repulsive', 'attractive'.*None"),
+    ({"lr_generator": math.inf}, "lr_generator.*inf"),
+    ({"lr_critic": 0.0}, "lr_critic.*0.0"),
+    ({"bandwidths": ()}, r"bandwidths.*\(\)"),
+    ({"bandwidths": (1.0, -2.0)}, "bandwidths.*-2.0"),
+    ({"bandwidths": (math.inf,)}, "bandwidths.*inf"),
+    ({"bandwidths": ("1",)}, "bandwidths.*'1'"),
+    ({"bandwidths": "1"}, "bandwidths.*'1'"),
+    ({"encoder": "none", "penalty_weight": 1.0}, "penalty-weight needs a critic"),
+]
+WRONG_WGAN = [
+    ({"lipschitz": "clipping"}, "lipschitz.*'penalty', 'clip'.*'clipping'"),
+    ({"learning_rate": "fast"}, "learning_rate.*float.*'fast'"),
+    ({"learning_rate": -1e-3}, "learning_rate.*-0.001"),
+    ({"clip": math.nan}, "clip.*nan"),
+    ({"critic_steps": 1.5}, "critic_steps.*int.*1.5"),
+]
+WRONG = [(script, *case) for script in (mmd_gan, wgan_gp) for case in WRONG]
+WRONG += [(mmd_gan, *case) for case in WRONG_MMD] + [(wgan_gp, *case) for case in WRONG_WGAN]
+
+
+@pytest.mark.parametrize("script, options, message", WRONG, ids=[f"{s.SCRIPT}-{o}" for s, o, _ in WRONG])
+def test_wrong_options(script, options, message):
+    """A ValueError, the script's own, says which option it is and what it may be."""
+    assert issubclass(script.UserError, ValueError)
+    with pytest.raises(script.UserError, match=message):
+        script.Args(**options)
+
+
+@BOTH
+def test_numbers_of_numpy_and_integers_for_floats(script):
+    args = script.Args(seed=np.int64(7), num_steps=np.int32(3), penalty_weight=np.float32(2), batch_size=16)
+    assert (args.seed, args.num_steps, args.penalty_weight) == (7, 3, 2.0)
+    assert [type(v) for v in (args.seed, args.num_steps, args.penalty_weight)] == [int, int, float]
+    args = script.Args(**{RATE[script]: 1, "penalty_weight": 0})
+    assert type(getattr(args, RATE[script])) is type(args.penalty_weight) is float
+    json.dumps(vars(args))
+
+
+@BOTH
+def test_presets(script):
+    """A data set's preset is there from Python too, and gives way to what is given."""
+    preset = script.PRESETS["grid"]
+    for args in (script.Args(dataset="grid"), script.parse_args(["--dataset", "grid"])):
+        assert {name: getattr(args, name) for name in preset} == preset
+    default = script.Args().batch_size
+    assert preset["batch_size"] != default
+    for args in (
+        script.Args(dataset="grid", batch_size=default),
+        script.parse_args(["--dataset", "grid", "--batch-size", str(default)]),
+    ):
+        assert args.batch_size == default and args.num_steps == preset["num_steps"]
+
+
+@BOTH
+def test_what_is_typed_wins_over_the_run(script, tiny):
+    """Also where it is the class's default."""
+    folder = str(script.train(tiny(script, num_eval_samples=1)))
+    args = script.parse_args(["--resume", folder, "--num-steps", "7"])
+    assert (args.num_steps, args.batch_size, args.dataset, args.log_every) == (7, 8, "ring", 1)
+    args = script.parse_args(["--num-steps", str(script.Args().num_steps), "--resume", folder])
+    assert args.num_steps == script.Args().num_steps and args.eval_every == 3
+    assert (
+        script.Args(resume=folder, eval_every=script.Args().eval_every).eval_every == script.Args().eval_every
+    )
+    assert script.parse_args(["--resume", folder]) == script.Args(resume=folder)
+    assert script.parse_args(["--resume", folder, "--no-torch-deterministic"]).torch_deterministic is False
+
+
+@BOTH
+def test_options_that_do_not_fit_the_run(script, tiny):
+    """Another network than that of the checkpoint is a mistake that one can mend."""
+    folder = script.train(tiny(script, num_eval_samples=1))
+    before = (folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(script.UserError):
+        script.train(script.Args(resume=folder, latent_dim=9, num_steps=6))
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+def test_another_encoder_does_not_fit_the_run(tiny):
+    """Whose checkpoint has no critic."""
+    folder = mmd_gan.train(tiny(mmd_gan, num_eval_samples=1))
+    with pytest.raises(mmd_gan.UserError):
+        mmd_gan.train(mmd_gan.Args(resume=folder, encoder="learned", num_steps=6))
+
+
+def test_a_batch_of_one_has_no_unbiased_mean(tiny):
+    with pytest.raises(mmd_gan.UserError, match=r"batch.size"):
+        mmd_gan.train(tiny(mmd_gan, batch_size=1))
+
+
+# Weights & Biases
+
+
+class FakeWandb(types.ModuleType):
+    """Stands for the package: notes what it is asked for."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.inits, self.rows, self.ends = [], [], []
+
+    def init(self, **options):
+        self.inits.append(options)
+        return FakeRun(self, options["id"] or f"id{len(self.inits)}")
+
+    def Image(self, path):
+        assert Path(path).is_file()
+        return f"picture {Path(path).name}"
+
+
+class FakeRun:
+    """Stands for a run, which a `with` statement ends."""
+
+    def __init__(self, package, id):
+        self.package, self.id = package, id
+
+    def log(self, row, step):
+        self.package.rows.append((step, row))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.package.ends.append(kind)
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A FakeWandb in the package's place, and none of its variables."""
+    for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_ENTITY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+@BOTH
+def test_tracked_runs(script, tiny, wandb, monkeypatch):
+    """One that ends well, one that fails, one that is stopped, one that goes on."""
+    args = tiny(script, track=True)
+    first = script.train(args)
+    assert wandb.inits[0]["id"] is None and wandb.inits[0]["name"] == first.name
+    assert wandb.inits[0]["project"] == "minimal-gans" and wandb.inits[0]["config"] == vars(args)
+    expected = [(row["step"], {k: v for k, v in row.items() if k != "step"}) for row in rows(first)]
+    got = [(step, {k: v for k, v in row.items() if k != "steps_per_second"}) for step, row in wandb.rows]
+    assert [row for row in got if "samples" not in row[1]] == expected
+    assert [row for row in got if "samples" in row[1]] == [
+        (s, {"samples": "picture samples.png"}) for s in (3, 4)
+    ]
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lights"):
+        patch.setattr(torch.optim.Adam, "step", fail)
+        script.train(tiny(script, track=True))
+    args = tiny(script, track=True)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        signal_at(patch, 2, signal.SIGINT)
+        script.train(args)
+    assert [options["id"] for options in wandb.inits] == [None] * 3
+    (folder,) = folders(args)
+    script.train(script.Args(resume=folder))  # which was tracked
+    assert wandb.inits[3]["id"] == "id3" and wandb.inits[3]["resume"] == "allow"
+    assert wandb.inits[3]["name"] == folder.name
+    assert wandb.ends == [None, RuntimeError, SystemExit, None]
+
+
+@BOTH
+def test_a_loss_that_is_not_finite_fails_the_tracked_run(script, tiny, wandb):
+    with pytest.raises(script.UserError, match="not finite"):
+        script.train(tiny(script, track=True, num_steps=6, **{RATE[script]: 1e30}))
+    assert wandb.ends == [script.UserError]
+
+
+@BOTH
+def test_variables_of_wandb(script, tiny, wandb, monkeypatch):
+    """Win over the defaults, and not over what is given."""
+    monkeypatch.setenv("WANDB_PROJECT", "of the shell")
+    monkeypatch.setenv("WANDB_NAME", "a name")
+    options = {"track": True, "num_steps": 1, "num_eval_samples": 1}
+    script.train(tiny(script, **options))
+    script.train(tiny(script, **options, wandb_project_name="given", wandb_entity="us"))
+    assert [o["project"] for o in wandb.inits] == ["of the shell", "given"]
+    assert [o["name"] for o in wandb.inits] == ["a name"] * 2
+    assert [o["entity"] for o in wandb.inits] == [None, "us"]
+    assert script.parse_args([]).wandb_project_name == "of the shell"
+    assert script.parse_args(["--wandb-project-name", "minimal-gans"]).wandb_project_name == "minimal-gans"
+
+
+@BOTH
+def test_a_run_that_was_not_tracked_can_be_from_now_on(script, tiny, wandb):
+    folder = script.train(tiny(script))
+    script.train(script.Args(resume=folder, track=True, num_steps=5))
+    assert wandb.inits[0]["id"] is None and load(folder)["progress"][2] == "id1"
+
+
+def test_track_offline(run_cli, tmp_path):
+    """The true package, once."""
+    options = ["--dataset", "ring", "--num-steps", 3, "--batch-size", 8, "--num-eval-samples", 1]
+    env = {"WANDB_MODE": "offline", "WANDB_API_KEY": None, "WANDB_SILENT": "true", "HOME": str(tmp_path)}
+    result = run_cli("--track", *options, "--device", "cpu", env=env, script="wgan_gp.py")
+    assert result.returncode == 0, result.stderr
+    assert len(list(tmp_path.glob("runs/wandb/offline-run-*/*.wandb"))) == 1
+    assert load(next(tmp_path.glob("runs/wgan_gp__*")))["progress"][2]
+
+
+# Data of one's own
+
+
+def own_images(folder: Path, train: int, test: int, size: int = 28, classes: int = 10) -> Path:
+    """A data folder with IDX files in MNIST's place, bars in noise."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", train), ("t10k", test)):
+        labels = np.arange(n) % classes
+        images = rng.integers(0, 90, (n, size, size))
+        for image, label in zip(images, labels):
+            image[4 + 2 * label : 6 + 2 * label, 4:24] += 160
+        write_idx(folder / "MNIST" / "raw" / f"{part}-images-idx3-ubyte", images)
+        write_idx(folder / "MNIST" / "raw" / f"{part}-labels-idx1-ubyte", labels)
+    return folder
+
+
+@BOTH
+def test_images_of_ones_own(script, tiny, tmp_path):
+    """Of which half of the classes is absent."""
+    data = own_images(tmp_path, 50, 30, classes=5)
+    folder = script.train(tiny(script, dataset="mnist", data_dir=data, run_dir=tmp_path / "runs"))
+    assert_complete(folder, [3, 4])
+    assert len(results(folder)["class_shares"]) == 10 and results(folder)["real"]["fid"] is not None
+    images, labels, others, _ = script.load_images("mnist", str(data), "test")
+    assert images.shape == (50, 28, 28) and len(others) == 30 and labels.max() == 4
+
+
+@BOTH
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_very_few_samples(script, count, tiny):
+    """Numbers, or null where there is none; never NaN in a JSON file."""
+    folder = script.train(tiny(script, dataset="mnist", num_eval_samples=count))
+    assert_complete(folder, [3, 4])
+    found = results(folder)
+    assert (found["fid"] is None) == (count == 1) == (found["real"]["fid"] is None)
+    assert (found["precision"] is None) == (found["recall"] is None) == (count <= 3)
+    assert sum(found["class_shares"]) == pytest.approx(1)
+    assert all(("fid" in row) == ("precision" in row) for row in rows(folder))
+
+
+@BOTH
+def test_fewer_than_ten_images_to_compare_with(script, tiny, tmp_path):
+    data = own_images(tmp_path, 30, 4, classes=3)
+    folder = script.train(tiny(script, dataset="mnist", data_dir=data, run_dir=tmp_path / "runs"))
+    assert_complete(folder, [3, 4])
+    assert all(math.isfinite(results(folder)[name]) for name in ("fid", "precision", "recall"))
+
+
+@BOTH
+def test_images_of_another_size(script, tiny, tmp_path):
+    """Are refused, with the size that is needed, and nobody is told to throw files away."""
+    data = own_images(tmp_path, 20, 10, size=32)
+    with pytest.raises(script.UserError, match="28") as error:
+        script.train(tiny(script, dataset="mnist", data_dir=data, run_dir=tmp_path / "runs"))
+    assert "32" in str(error.value) and "delete" not in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
+# Metrics of almost nothing
+
+
+@BOTH
+def test_metrics_of_almost_nothing(script):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    assert script.frechet_distance(x[:1], x) is script.frechet_distance(x, x[:1]) is None
+    assert script.frechet_distance(x * math.nan, x) is None
+    assert script.frechet_distance(x[:2], x[2:4]) >= 0
+    for few in (x[:1], x[:3]):
+        assert [*script.precision_recall(few, x)] == [None, None] == [*script.precision_recall(x, few)]
+    assert [*script.precision_recall(x[:4], x[:4])] == [1, 1]
+
+
+# Files that cannot be written
+
+
+@BOTH
+def test_a_file_that_is_open_elsewhere(script, tiny, monkeypatch):
+    """A warning; the new one is kept beside it, and the run goes on."""
+    replace, waits = os.replace, []
+
+    def refuse(source, target):
+        if Path(target).name == "samples.png":
+            raise PermissionError("in use")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr("time.sleep", waits.append)
+    with pytest.warns(UserWarning, match="samples.png"):
+        folder = script.train(tiny(script))
+    assert waits and results(folder)["steps"] == 4 and not (folder / "samples.png").exists()
+    (beside,) = (p for p in folder.glob("samples*.png") if p.name[7:8] == ".")
+    assert beside.read_bytes() == (folder / "samples_000004.png").read_bytes()
+
+
+@BOTH
+def test_replace_file(script, tmp_path):
+    """What is half written is not there; folders are made."""
+    path = tmp_path / "a" / "b.txt"
+    script.replace_file(path, lambda p: p.write_text("one"))
+    assert path.read_text() == "one"
+
+    def half(p):
+        p.write_text("tw")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        script.replace_file(path, half)
+    assert path.read_text() == "one"
+
+
+# Runs that go wrong
+
+
+@BOTH
+def test_a_loss_that_is_not_finite(script, tiny):
+    """Ends the run, and the last good checkpoint stays."""
+    folder = script.train(tiny(script, dataset="mnist", num_steps=2, num_eval_samples=0))
+    before = (folder / "checkpoint.pt").read_bytes()
+    for log_every in (1, 100):
+        with pytest.raises(script.UserError, match=r"not finite.*learning.rate"):
+            options = {"num_steps": 9, "log_every": log_every, "eval_every": 100, RATE[script]: 1e30}
+            script.train(script.Args(resume=folder, **options))
+        assert (folder / "checkpoint.pt").read_bytes() == before
+    rows(folder)
+
+
+@BOTH
+def test_weights_that_are_not_finite(script, tiny):
+    """Are not saved, though no loss was looked at since."""
+    folder = script.train(tiny(script, dataset="mnist", num_steps=2, num_eval_samples=0))
+    before = (folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(script.UserError, match=r"not finite.*learning.rate"):
+        options = {"num_steps": 9, "log_every": 100, "eval_every": 1, RATE[script]: 1e39}
+        script.train(script.Args(resume=folder, **options))
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+def one_line(result, *texts: str) -> None:
+    """A command that ended with exit code 2 and said why in one line."""
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    assert all(text in lines[0] for text in texts), lines[0]
+
+
+@BOTH
+def test_no_data_and_no_network(script, run_cli, tmp_path):
+    result = run_cli("--device", "cpu", env=UNREACHABLE, script=f"{script.SCRIPT}.py")
+    one_line(result, "mnist", "--dataset digits", "--data-dir")
+    assert not (tmp_path / "runs").exists()
+
+
+@BOTH
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "nonsense"])
+def test_a_device_that_is_not_there(script, device, run_cli, tmp_path):
+    options = ["--dataset", "ring", "--num-steps", 2, "--device", device]
+    one_line(run_cli(*options, script=f"{script.SCRIPT}.py"), device)
+    assert not (tmp_path / "runs").exists()
+
+
+@BOTH
+def test_checkpoints_that_cannot_be_used(script, tmp_path, run_cli):
+    """Missing, damaged, of something else or of the other script; and nothing in one is run."""
+    name, other = f"{script.SCRIPT}.py", {mmd_gan: wgan_gp, wgan_gp: mmd_gan}[script].SCRIPT
+    path = tmp_path / "run" / "checkpoint.pt"
+    with pytest.raises(script.UserError, match=r"checkpoint\.pt"):
+        script.Args(resume=tmp_path / "run")
+    one_line(run_cli("--resume", "run", script=name), "checkpoint.pt")
+    path.parent.mkdir()
+    for content, message in (
+        ({"weight": torch.ones(2)}, "checkpoint"),
+        ([1, 2], "checkpoint"),
+        ({"script": other, "args": {}}, f"{other}.py, not to {name}"),
+        (Evil(tmp_path / "evil"), "checkpoint"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(script.UserError, match=message):
+            script.load_checkpoint(path.parent)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(script.UserError, match=r"checkpoint\.pt"):
+        script.load_checkpoint(path.parent)
+    one_line(run_cli("--resume", "run", "--generate", 3, script=name), "checkpoint.pt")
+    assert not (tmp_path / "evil").exists()
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "options, texts",
+    [
+        (["--dataset", "cifar"], ["cifar", "fashion-mnist", "digits"]),
+        (["--batch-size", "0"], ["batch", "0"]),
+        (["--generate", "3"], ["--resume"]),
+        (["--nonsense", "3"], ["--nonsense"]),
+    ],
+    ids=["dataset", "batch", "generate", "unknown"],
+)
+def test_bad_options_of_the_command(script, options, texts, run_cli, tmp_path):
+    result = run_cli(*options, "--device", "cpu", script=f"{script.SCRIPT}.py")
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert all(text in result.stderr for text in texts), result.stderr
+    assert not (tmp_path / "runs").exists()
