@@ -669,16 +669,16 @@ def triton_sums(x: Tensor, y: Tensor, bandwidths, weights, kernel: str) -> tuple
     """Return what torch_sums does, by one Triton kernel."""
     n, d = x.shape
     z = torch.cat((x, y))
-    centers = torch.stack((x.mean(0), y.mean(0)))
+    z = torch.stack((z - x.mean(0), z - y.mean(0)))  # for the rows of x, of y
     parts = parts_table(bandwidths, weights, x.device)
-    k = z.new_empty(2, len(z))  # over the columns of x, of y
-    grads = z.new_empty(2, len(z), d)
+    k = z.new_empty(z.shape[:2])  # over the columns of x, of y
+    grads = torch.empty_like(z)
     sizes = {"BLOCK": 32, "BLOCK_D": 32, "OUT_D": min(64, max(16, 2 ** (d - 1).bit_length()))}
     grid = (-(-n // 32) + -(-len(y) // 32), 2, -(-d // sizes["OUT_D"]))
     with torch.cuda.device_of(x):  # Triton launches on the current device
         launch = mmd_kernel()[grid]
         sizes |= {"num_warps": 8, "num_stages": 2}  # so all stays in registers (tests/test_triton.py)
-        launch(z, centers, parts, k, grads, n, len(y), d, kernel == "gaussian", len(parts), **sizes)
+        launch(z, parts, k, grads, n, len(y), d, kernel == "gaussian", len(parts), **sizes)
     sums = k[0, :n].sum(), k[1, n:].sum(), k[1, :n].sum()
     return sums, (grads[0, :n], grads[1, n:], grads[1, :n], grads[0, n:])
 
@@ -703,7 +703,7 @@ def mmd_kernel():
     #         y [   k_xy    |   k_yy    ]       grads[side, i] = sum_j W_ij (z_j - z_i)
     @triton.jit
     def pair_kernel(
-        z, centers, parts, k_out, grads, n, m, D: tl.constexpr, GAUSSIAN: tl.constexpr, PARTS: tl.constexpr,
+        z, parts, k_out, grads, n, m, D: tl.constexpr, GAUSSIAN: tl.constexpr, PARTS: tl.constexpr,
         BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, OUT_D: tl.constexpr,
     ):  # fmt: skip
         strip, side, out = tl.program_id(0), tl.program_id(1), tl.program_id(2) * OUT_D
@@ -711,9 +711,8 @@ def mmd_kernel():
         first = tl.where(in_y, n + (strip - tl.cdiv(n, BLOCK)) * BLOCK, strip * BLOCK)
         rows = first.to(tl.int64) + tl.arange(0, BLOCK)
         row_inside = rows < tl.where(in_y, n + m, n)
-        centers += tl.where(in_y, D, 0)
+        z += tl.where(in_y, 1, 0).to(tl.int64) * (n + m) * D  # centred on the mean of the rows' cloud
         at, at_out = tl.arange(0, BLOCK_D), out + tl.arange(0, OUT_D)
-        center_out = tl.load(centers + at_out, at_out < D, 0.0)
         k_sum, w_sum = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
         pull = tl.zeros((BLOCK, OUT_D), tl.float32)
         for col in range(side * n, n + side * m, BLOCK):
@@ -723,11 +722,9 @@ def mmd_kernel():
             dot = tl.zeros((BLOCK, BLOCK), tl.float32)
             a2, b2 = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
             for d in range(0, D, BLOCK_D):
-                center = tl.load(centers + d + at, d + at < D, 0.0)[None, :]
                 there = (d + at < D)[None, :]
                 a = tl.load(z + rows[:, None] * D + d + at[None, :], row_inside[:, None] & there, 0.0)
                 b = tl.load(z + cols[:, None] * D + d + at[None, :], col_inside[:, None] & there, 0.0)
-                a, b = a - center, b - center
                 dot = tl.dot(a, tl.trans(b), dot, input_precision="tf32x3")
                 a2 += tl.sum(a * a, 1)
                 b2 += tl.sum(b * b, 1)
@@ -750,10 +747,10 @@ def mmd_kernel():
             w_sum += tl.sum(w, 1)
             # The gradient: sum_j W_ij z_j
             mask = col_inside[:, None] & (at_out < D)[None, :]
-            b = tl.load(z + cols[:, None] * D + at_out[None, :], mask, 0.0) - center_out[None, :]
-            pull = tl.dot(w, tl.where(mask, b, 0.0), pull, input_precision="tf32x3")
+            b = tl.load(z + cols[:, None] * D + at_out[None, :], mask, 0.0)
+            pull = tl.dot(w, b, pull, input_precision="tf32x3")
         mask = row_inside[:, None] & (at_out < D)[None, :]
-        a = tl.load(z + rows[:, None] * D + at_out[None, :], mask, 0.0) - center_out[None, :]
+        a = tl.load(z + rows[:, None] * D + at_out[None, :], mask, 0.0)
         place = side.to(tl.int64) * (n + m) + rows
         tl.store(grads + place[:, None] * D + at_out[None, :], pull - w_sum[:, None] * a, mask)
         tl.store(k_out + place, k_sum, row_inside & (out == 0))
