@@ -442,7 +442,7 @@ def draw_samples(generator: nn.Module, args, count: int) -> Tensor:
 # Loss
 
 TILE = 512  # points a side: a tile of float32 pairs is 1 MB, which a core's cache holds for all bandwidths
-TINY = -96.0  # exponents below count as none: results below 2^-126 would take a CPU 100 times as long
+TINY = -96.0  # the least exponent of 2: numbers below 2^-126 would take a CPU 10 to 100 times as long
 
 
 def kernel_means(
@@ -602,67 +602,77 @@ class FusedMeans(torch.autograd.Function):
 
 def torch_sums(x: Tensor, y: Tensor, bandwidths, weights, kernel: str) -> tuple[tuple, tuple]:
     """Return the sums of k over the pairs (x, x), (y, y) and (x, y), and their gradients in a point."""
-    mean_x, mean_y = x.mean(0), y.mean(0)  # centred, as in squared_distances
-    k_xx, d_xx, _ = pair_sums(x - mean_x, None, bandwidths, weights, kernel)
-    k_yy, d_yy, _ = pair_sums(y - mean_y, None, bandwidths, weights, kernel)
-    k_xy, d_xy, d_yx = pair_sums(x - mean_x, y - mean_x, bandwidths, weights, kernel)
-    return (k_xx, k_yy, k_xy), (d_xx, d_yy, d_xy, d_yx)
+    mix = sorted(zip(bandwidths, weights), reverse=True), kernel
+    x, y, y_own = x - x.mean(0), y - x.mean(0), y - y.mean(0)  # centred, as in squared_distances
+    if len(x) == len(y) <= TILE // 2:  # all at once: calls are what takes time here
+        k, d_a, d_b = pair_sums(torch.stack((x, y_own, x)), torch.stack((x, y_own, y)), 2, *mix)
+        return k.unbind(), (*d_a.unbind(), d_b[2])
+    k_xx, d_xx, _ = pair_sums(x[None], x[None], 1, *mix)
+    k_yy, d_yy, _ = pair_sums(y_own[None], y_own[None], 1, *mix)
+    k_xy, d_xy, d_yx = pair_sums(x[None], y[None], 0, *mix)
+    return (k_xx[0], k_yy[0], k_xy[0]), (d_xx[0], d_yy[0], d_xy[0], d_yx[0])
 
 
-def pair_sums(a: Tensor, b: Tensor | None, bandwidths, weights, kernel: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sum_ij k(a_i, b_j), and its gradients in a (n, d) and b (m, d); without b over i != j of a."""
-    alone = b is None
-    b = a if alone else b
-    parts = sorted(zip(bandwidths, weights), reverse=True)
+def pair_sums(a: Tensor, b: Tensor, own: int, parts: list, kernel: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums of k(a_i, b_j) (B,) of a (B, n, d) and b (B, m, d), and the gradients in a and in b.
+
+    The first `own` of the B problems are those of points with themselves, and leave out i = j.
+    """
+    symmetric = own == len(a)  # tiles below the diagonal are those above
+    a1 = F.pad(a, (0, 1), value=1.0)
+    b1 = F.pad(b, (0, 1), value=1.0)
     # A row of left times one of right is a squared distance.
-    left = torch.cat((-2 * a, a.square().sum(1, keepdim=True), torch.ones_like(a[:, :1])), 1)
-    right = torch.cat((b, torch.ones_like(b[:, :1]), b.square().sum(1, keepdim=True)), 1)
-    total = a.new_zeros((), dtype=torch.float64)
-    d_a, d_b = torch.zeros_like(a), torch.zeros_like(b)
-    buffers = a.new_empty(3, min(TILE, len(a)) * min(TILE, len(b)))  # new memory for each tile takes time
-    for i in range(0, len(a), TILE):
-        for j in range(i if alone else 0, len(b), TILE):  # W is symmetric
+    left = torch.cat((-2 * a, a.square().sum(2, keepdim=True), a1[:, :, -1:]), 2)
+    right = torch.cat((b1, b.square().sum(2, keepdim=True)), 2)
+    total = a.new_zeros(len(a), dtype=torch.float64)
+    d_a, d_b = torch.zeros_like(a1), torch.zeros_like(b1)  # sum_j W_ij (b_j, 1), sum_i W_ij (a_i, 1)
+    buffers = a.new_empty(
+        3, len(a) * min(TILE, a.shape[1]) * min(TILE, b.shape[1])
+    )  # once, not for each tile
+    for i in range(0, a.shape[1], TILE):
+        for j in range(i if symmetric else 0, b.shape[1], TILE):
             rows, cols = slice(i, i + TILE), slice(j, j + TILE)
-            size = len(a[rows]), len(b[cols])
-            t, p, slope = (buffer[: size[0] * size[1]].view(size) for buffer in buffers)
-            torch.mm(left[rows], right[cols].T, out=t)
-            on_diagonal = alone and i == j
-            if on_diagonal:
-                t.fill_diagonal_(math.inf)
-            k = tile_profile(t, p, slope, parts, kernel)
-            total += 2 * k if alone and not on_diagonal else k
-            d_a[rows].addmm_(slope, b[cols]).addcmul_(slope.sum(1, keepdim=True), a[rows], value=-1)
-            if not on_diagonal:
-                d_b[cols].addmm_(slope.T, a[rows]).addcmul_(slope.sum(0).unsqueeze(1), b[cols], value=-1)
-    return total, d_a + d_b if alone else d_a, d_b
+            size = len(a), len(a[0, rows]), len(b[0, cols])
+            t, p, slope = (buffer[: math.prod(size)].view(size) for buffer in buffers)
+            for q in range(len(a)):  # torch.bmm takes longer
+                torch.mm(left[q, rows], right[q, cols].T, out=t[q])
+            farthest = t.clamp_(min=0).max().item()
+            if i == j:
+                t[:own].diagonal(dim1=1, dim2=2).fill_(math.inf)
+            k = tile_profile(t, p, slope, parts, kernel, farthest)
+            mirrored = symmetric and i != j
+            total += 2 * k if mirrored else k
+            for q in range(len(a)):
+                d_a[q, rows].addmm_(slope[q], b1[q, cols])
+                if mirrored or q >= own:
+                    d_b[q, cols].addmm_(slope[q].T, a1[q, rows])
+    if symmetric:
+        d_a += d_b
+    return total, d_a[:, :, :-1] - d_a[:, :, -1:] * a, d_b[:, :, :-1] - d_b[:, :, -1:] * b
 
 
-def tile_profile(t: Tensor, p: Tensor, slope: Tensor, parts: list, kernel: str) -> Tensor:
-    """Return the sum of k over the squared distances t, and put W into slope; t and p are overwritten."""
-    total = t.new_zeros((), dtype=torch.float64)
+def tile_profile(t: Tensor, p: Tensor, slope: Tensor, parts: list, kernel: str, farthest: float) -> Tensor:
+    """Return the sums (B,) of k over squared distances t (B, r, c), and put W in slope; p is a buffer."""
+    total = t.new_zeros(len(t))
     slope.zero_()
     wider = None
-    if kernel == "rational_quadratic":
-        t.clamp_(min=0)
     for s, w in parts:
         if kernel == "rational_quadratic":
             base = torch.add(1, t, alpha=1 / (2 * s))
-            p = exp2_(torch.log2(base, out=p).mul_(-s))
-            slope.add_(p / base, alpha=w)
+            torch.log2(base, out=p).mul_(-s).clamp_(min=TINY).exp2_()
+            slope.addcdiv_(p, base, value=w)
         else:
+            rate = -0.5 / (s * s * math.log(2))
             if wider == 2 * s:  # exp(-t / 2 s^2) is the fourth power of the one before
-                F.threshold_(p, 2 ** (TINY / 4), 0).square_().square_()
+                if rate * farthest < TINY:
+                    p.clamp_(min=2 ** (TINY / 4))
+                p.square_().square_()
             else:
-                p = exp2_(torch.mul(t, -0.5 / (s * s * math.log(2)), out=p))
+                torch.mul(t, rate, out=p).clamp_(min=TINY).exp2_()
             slope.add_(p, alpha=w / (s * s))
             wider = s
-        total += w * p.sum()
+        total.add_(p.sum((1, 2)), alpha=w)
     return total
-
-
-def exp2_(exponent: Tensor) -> Tensor:
-    """Return 2^exponent in its place, and 0 for exponents of TINY and less."""
-    return F.threshold_(exponent.clamp_(TINY, 0).exp2_(), 2**TINY, 0)
 
 
 def triton_sums(x: Tensor, y: Tensor, bandwidths, weights, kernel: str) -> tuple[tuple, tuple]:
