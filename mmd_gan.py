@@ -21,6 +21,9 @@ features out, or widens the discrepancy.
     python mmd_gan.py --resume runs/<run>                  # go on where it stopped
     python mmd_gan.py --resume runs/<run> --generate 1000  # draw samples
     torchrun --nproc-per-node 2 mmd_gan.py                 # share every batch among processes or GPUs
+
+The default run takes 16 minutes on one shared CPU core: fid 1.93, 2.2 times that of real images, precision
+0.73 and recall 0.85 (means of 3 seeds; results/mmd_gan.md has the rest).
 """
 
 import json
