@@ -7,15 +7,12 @@
 
 If the critic f is 1-Lipschitz, the largest E f(x) - E f(y), for x real and y fake, is the Wasserstein-1
 distance of the two. The critic maximises it under a bound: a penalty on its slope, or clipped weights.
-    Arjovsky et al. 2017         Wasserstein GAN: duality, weight clipping           1701.07875
-    Gulrajani et al. 2017        Improved training of WGANs: the gradient penalty    1704.00028
+    Arjovsky et al. 2017    Wasserstein GAN: duality, weight clipping            1701.07875
+    Gulrajani et al. 2017   Improved training of WGANs: the gradient penalty     1704.00028
 
-    python wgan_gp.py                                      # MNIST, gradient penalty
-    python wgan_gp.py --track                              # and log to Weights & Biases
+    python wgan_gp.py --track                              # MNIST, logged to Weights & Biases
     python wgan_gp.py --dataset digits                     # no download
-    python wgan_gp.py --dataset grid                       # 25 Gaussians in two dimensions
     python wgan_gp.py --lipschitz clip                     # the first WGAN
-    python wgan_gp.py --resume runs/<run>                  # go on where it stopped
     python wgan_gp.py --resume runs/<run> --generate 1000  # draw samples
 
 The default run takes 12 minutes on one CPU core: fid 2.3, 2.6 times that of real images, precision 0.72 and
@@ -24,34 +21,30 @@ recall 0.80 (means of 3 seeds; results/wgan_gp.md has the rest).
 
 import json
 import math
-import numbers
 import os
 import shlex
 import signal
 import sys
 import threading
 import time
-import warnings
 import zlib
-from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from dataclasses import MISSING, dataclass, field, fields
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision
 import tyro
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 SCRIPT = "wgan_gp"
-TOYS = ("ring", "grid")
 TOY = {"batch_size": 256, "latent_dim": 2, "penalty_weight": 1.0, "clip": 0.3}
 PRESETS = {
     "digits": {"num_steps": 1500, "eval_every": 500},
@@ -61,131 +54,111 @@ PRESETS = {
 MAY_BE_ZERO = ("seed", "generate", "num_eval_samples", "penalty_weight")
 
 
-@dataclass(init=False)
-class Args:
-    exp_name: str = SCRIPT
-    """first part of the run folder's name"""
-    seed: int = 1
-    """seed of the run"""
-    torch_deterministic: bool = True
-    """use deterministic algorithms where torch has them"""
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    """where to train, as torch names it: cpu, cuda:1, mps"""
-    track: bool = False
-    """log to Weights & Biases"""
-    wandb_project_name: str = field(default_factory=lambda: os.environ.get("WANDB_PROJECT", "minimal-gans"))
-    """W&B project"""
-    wandb_entity: str | None = None
-    """W&B team or user"""
-    dataset: Literal["mnist", "fashion-mnist", "kmnist", "digits", "ring", "grid"] = "mnist"
-    """images of 28 x 28 (digits needs no download), or points of 8 or 25 Gaussians"""
-    data_dir: str = "data"
-    """folder of the image files, in torchvision's layout; missing ones are downloaded to it"""
-    eval_split: Literal["test", "validation"] = "test"
-    """evaluate on the test images, or on the last sixth of the training images instead of training on it"""
-    run_dir: str = "runs"
-    """folder of the run folders"""
-    resume: str | None = None
-    """run folder to go on with; its options hold, but for those that are given"""
-    generate: int = 0
-    """instead of training, draw so many samples of the run --resume into its folder generated/"""
-    log_every: int = 100
-    """steps between lines of metrics.jsonl"""
-    eval_every: int = 1400
-    """steps between evaluations, each with a picture and a checkpoint"""
-    num_eval_samples: int = 10_000
-    """samples drawn for an evaluation; 0: none"""
-
-    num_steps: int = 7000
-    """updates of the generator"""
-    batch_size: int = 64
-    """samples in a batch"""
-    latent_dim: int = 32
-    """size of the generator's Gaussian input"""
-    lipschitz: Literal["penalty", "clip"] = "penalty"
-    """bound the critic's slope by the gradient penalty, or by clipping its weights"""
-    penalty_weight: float = 10.0
-    """weight lambda of the gradient penalty"""
-    clip: float = 0.03
-    """bound on the critic's weights, for --lipschitz clip"""
-    critic_steps: int = 1
-    """updates of the critic per update of the generator"""
-    learning_rate: float = 2e-3
-    """learning rate of both networks, which falls to zero in the last part of the run"""
-
-    def __init__(self, **options):
-        """Take the options, then those of the resumed run or the data set's preset, then the defaults."""
-        base = PRESETS.get(options.get("dataset"), {})
-        if options.get("resume") and len(options) < len(fields(self)):
-            base = load_checkpoint(options["resume"])["args"]
-            del base["device"]  # another machine may go on
-        fill_args(self, base | options)
-        if self.generate and not self.resume:
-            raise UserError("--generate needs --resume, the folder of the run that draws the samples")
-
-
 class UserError(ValueError):
     """A mistake that the user can mend; the command line shows nothing but its message."""
 
 
-def fill_args(args, options: dict) -> None:
-    """Set the fields of args to the options or else to their defaults. Raises UserError for a bad value."""
-    for name in options.keys() - {f.name for f in fields(args)}:
-        raise UserError(f"there is no option {name}")
+@dataclass(init=False)
+class Args:
+    exp_name: str = SCRIPT  # first part of the run folder's name
+    seed: int = 1  # seed of the run
+    torch_deterministic: bool = True  # use deterministic algorithms where torch has them
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # as torch names it: cpu, cuda:1, mps
+    track: bool = False  # log to Weights & Biases
+    wandb_project_name: str | None = None  # W&B project; by default WANDB_PROJECT, or minimal-gans
+    wandb_entity: str | None = None  # W&B team or user; by default WANDB_ENTITY, or you
+    # images of 28 x 28 (digits needs no download), or points of 8 or 25 Gaussians
+    dataset: Literal["mnist", "fashion-mnist", "kmnist", "digits", "ring", "grid"] = "mnist"
+    data_dir: str = "data"  # folder of the images, in torchvision's layout; downloaded if missing
+    eval_split: Literal["test", "validation"] = "test"  # validation: the last sixth of the training images
+    run_dir: str = "runs"  # folder of the run folders
+    resume: str | None = None  # run folder to go on with; its options hold, but for those that are given
+    generate: int = 0  # instead of training, draw so many samples of the run --resume, into its generated/
+    log_every: int = 100  # steps between lines of metrics.jsonl, each with a checkpoint
+    eval_every: int = 1400  # steps between evaluations, each with a picture
+    num_eval_samples: int = 10_000  # samples drawn for an evaluation; 0: none
+    num_steps: int = 7000  # updates of the generator
+    batch_size: int = 64  # samples in a batch
+    latent_dim: int = 32  # size of the generator's Gaussian input
+    lipschitz: Literal["penalty", "clip"] = "penalty"  # bound the critic's slope, or clip its weights
+    penalty_weight: float = 10.0  # weight lambda of the gradient penalty
+    clip: float = 0.03  # bound on the critic's weights, for --lipschitz clip
+    critic_steps: int = 1  # updates of the critic per update of the generator
+    learning_rate: float = 2e-3  # of both networks; it falls to zero in the last part of the run
+
+    def __init__(self, **options):
+        set_options(self, options)
+
+
+def set_options(args, options: dict) -> None:
+    """Set args to the options, else to those of the run to resume, the data set's preset or the defaults."""
+    base = PRESETS.get(options.get("dataset"), {})
+    if options.get("resume") is not None and len(options) < len(fields(args)):
+        base = load_checkpoint(options["resume"])["args"]
+        del base["device"]  # another machine may go on
     for f in fields(args):
-        default = f.default if f.default_factory is MISSING else f.default_factory()
-        value = options.get(f.name, default)
+        value = options.pop(f.name, base.get(f.name, f.default))
+        kind = str if f.default is None else type(f.default)
+        words = get_args(f.type) if type(f.default) is str else ()
         if isinstance(value, str | os.PathLike):
             value = os.path.expanduser(value)
-        if f.type in (int, float):
-            number = numbers.Integral if f.type is int else numbers.Real
-            fits = isinstance(value, number) and not isinstance(value, bool) and 0 <= value < math.inf
-            fits = fits and (value > 0 or f.name in MAY_BE_ZERO)
-            value = f.type(value) if fits else value
-            wanted = f"{f.type.__name__}, {'not negative' if f.name in MAY_BE_ZERO else 'positive'}"
-        elif get_origin(f.type) is Literal:
-            fits = value in get_args(f.type)
-            wanted = "one of " + ", ".join(map(repr, get_args(f.type)))
-        else:
-            fits = isinstance(value, get_origin(f.type) if get_origin(f.type) is tuple else f.type)
-            wanted = str(f.type)
-        if not fits:
-            raise UserError(f"{f.name} must be {wanted}, not {value!r}")
+        if kind is float and type(value) is int:
+            value = float(value)
+        if (type(value) is not kind and value is not f.default) or (words and value not in words):
+            raise UserError(f"{f.name} must be {words or kind.__name__}, not {value!r}")
+        if kind in (int, float) and not (0 <= value < math.inf and (value or f.name in MAY_BE_ZERO)):
+            raise UserError(f"{f.name} must be positive and finite, not {value!r}")
         setattr(args, f.name, value)
+    if options:
+        raise UserError(f"there are no options {list(options)}")
+    if args.generate and args.resume is None:
+        raise UserError("--generate needs --resume, the folder of the run that draws the samples")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Data
-
-
+# ---- Data -----------------------------------------------------------------------------------------------
 def load_images(dataset: str, data_dir: str, eval_split: str) -> list[Tensor]:
     """Return training images (n, 28, 28) uint8, labels (n,), and those for evaluation. Raises UserError."""
     if dataset == "digits":  # scikit-learn's 1,797 digits of 8 x 8, enlarged
         from sklearn.datasets import load_digits
 
-        pixels, labels = load_digits(return_X_y=True)
+        pixels, labels = map(torch.from_numpy, load_digits(return_X_y=True))
+        images = F.interpolate(pixels.float().view(-1, 1, 8, 8) * (255 / 16), size=28, mode="bilinear")
         order = np.random.default_rng(0).permutation(len(labels))  # they come writer by writer
-        images = torch.from_numpy(pixels[order]).float().view(-1, 1, 8, 8) * (255 / 16)
-        images = F.interpolate(images, size=28, mode="bilinear").squeeze(1).round().to(torch.uint8)
-        labels = torch.from_numpy(labels[order]).long()
+        images, labels = images[order].squeeze(1).round().to(torch.uint8), labels[order]
         parts = [images[:1437], labels[:1437], images[1437:], labels[1437:]]
     else:
         name = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}[dataset]
-        load = partial(getattr(torchvision.datasets, name), data_dir, download=True)
         try:
+            load = partial(getattr(torchvision.datasets, name), data_dir, download=True)
             train, test = load(train=True), load(train=False)
-            parts = [train.data, train.targets, test.data, test.targets]
-            if not all(x.shape == (len(y), 28, 28) and y.max() < 10 for x, y in (parts[:2], parts[2:])):
-                raise ValueError(f"28 x 28 images of classes 0 to 9 are needed, not {train.data.shape}")
+            for part in (train, test):
+                if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
+                    raise ValueError(f"needed are 28 x 28 images of classes 0 to 9, not {part.data.shape}")
         except Exception as error:
             where = f"{Path(data_dir, name, 'raw')}: {error!r:.200}"
-            raise UserError(
-                f"no {dataset} in {where}; try another --data-dir, or --dataset digits"
-            ) from error
+            raise UserError(f"no {dataset} in {where}; try another --data-dir or --dataset digits") from error
+        parts = [train.data, train.targets, test.data, test.targets]
     if eval_split == "validation":
         n = len(parts[0]) * 5 // 6
         parts = [parts[0][:n], parts[1][:n], parts[0][n:], parts[1][n:]]
     return parts
+
+
+def load_data(args) -> tuple[Tensor, Callable[[Tensor], dict]]:
+    """Return the training samples, on the device, and the function that evaluates generated ones."""
+    if args.dataset in ("ring", "grid"):
+        modes, std = toy_modes(args.dataset)
+        rng = torch.Generator().manual_seed(0)  # the same points in every run
+        points = modes[torch.randint(len(modes), (100_000,), generator=rng)]
+        points += std * torch.randn(points.shape, generator=rng)
+        return points.to(args.device), partial(toy_metrics, modes=modes, std=std)
+    parts = load_images(args.dataset, args.data_dir, args.eval_split)
+    images, labels, real, _ = (part.to(args.device) for part in parts)
+    n = args.num_eval_samples
+    if n == 0:
+        return images, lambda samples: {}
+    classifier = load_classifier(args, images, labels)
+    return images, lambda samples: image_metrics(samples[:n], real[:n], classifier)
 
 
 def toy_modes(dataset: str) -> tuple[Tensor, float]:
@@ -197,70 +170,47 @@ def toy_modes(dataset: str) -> tuple[Tensor, float]:
     return torch.cartesian_prod(axis, axis), 0.05
 
 
-def load_data(args) -> tuple[Tensor, Callable[[Tensor], dict]]:
-    """Return the training samples, on the device, and the function that evaluates generated ones."""
-    if args.dataset in TOYS:
-        modes, std = toy_modes(args.dataset)
-        rng = torch.Generator().manual_seed(0)  # the same points in every run
-        points = modes[torch.randint(len(modes), (100_000,), generator=rng)]
-        points += std * torch.randn(points.shape, generator=rng)
-        return points.to(args.device), partial(toy_metrics, modes=modes, std=std)
-    parts = load_images(args.dataset, args.data_dir, args.eval_split)
-    images, labels, real, _ = (part.to(args.device) for part in parts)
-    if args.num_eval_samples == 0:
-        return images, lambda samples: {}
-    classifier = load_classifier(args, images, labels)
-    return images, partial(image_metrics, classifier=classifier, real=real[: args.num_eval_samples])
-
-
 def to_float(batch: Tensor) -> Tensor:
     """Return uint8 images (b, 28, 28) as floats (b, 1, 28, 28) in [-1, 1], and any floats as they are."""
     return batch.unsqueeze(1).float() / 127.5 - 1 if batch.dtype == torch.uint8 else batch
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
+# ---- Evaluation -----------------------------------------------------------------------------------------
 def load_classifier(args, images: Tensor, labels: Tensor) -> nn.Sequential:
     """Return the classifier of these images (n, 28, 28), trained once and then kept in args.run_dir."""
+    torch.manual_seed(0)
+    classifier = nn.Sequential(
+        block(nn.Conv2d(1, 32, 5, 2, 2, bias=False), 32),
+        block(nn.Conv2d(32, 64, 5, 2, 2, bias=False), 64),
+        nn.Flatten(),
+        nn.Linear(64 * 49, 128),
+        nn.ReLU(),  # the features (b, 128)
+        nn.Linear(128, 10),
+    ).to(images.device)
     checksum = zlib.crc32(labels.cpu().numpy(), zlib.crc32(images.cpu().numpy()))
     path = Path(args.run_dir, f"classifier__{args.dataset}__{checksum:08x}.pt")
-    with torch.random.fork_rng([images.device] if images.is_cuda else []):
-        torch.manual_seed(0)
-        classifier = nn.Sequential(
-            block(nn.Conv2d(1, 32, 5, 2, 2, bias=False), 32),
-            block(nn.Conv2d(32, 64, 5, 2, 2, bias=False), 64),
-            nn.Flatten(),
-            nn.Linear(64 * 49, 128),
-            nn.ReLU(),  # the features (b, 128)
-            nn.Linear(128, 10),
-        ).to(images.device)
-        if not path.exists():
-            print(f"training the classifier that evaluates samples, once, for {path}", flush=True)
-            optimizer = torch.optim.Adam(classifier.parameters())
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, 4 * math.ceil(len(images) / 128))
-            for _ in range(4):
-                for index in torch.randperm(len(images), device=images.device).split(128):
-                    logits = classifier(to_float(images[index]))
-                    optimizer.zero_grad()
-                    F.cross_entropy(logits, labels[index], label_smoothing=0.05).backward()
-                    optimizer.step()
-                    schedule.step()
-            replace_file(path, partial(torch.save, classifier.state_dict()))
+    if not path.exists():
+        print(f"training the classifier that evaluates samples, once, for {path}", flush=True)
+        optimizer = torch.optim.Adam(classifier.parameters())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, 4 * math.ceil(len(images) / 128))
+        for _ in range(4):
+            for index in torch.randperm(len(images), device=images.device).split(128):
+                optimizer.zero_grad()
+                logits = classifier(to_float(images[index]))
+                F.cross_entropy(logits, labels[index], label_smoothing=0.05).backward()
+                optimizer.step()
+                schedule.step()
+        replace_file(path, partial(torch.save, classifier.state_dict()))
     classifier.load_state_dict(torch.load(path, map_location=images.device, weights_only=True))
     return classifier.eval().requires_grad_(False)
 
 
-def image_metrics(samples: Tensor, classifier: nn.Sequential, real: Tensor) -> dict:
-    """Return metrics of the first n samples against real images (n, ...), by the classifier's features."""
-    features = []
-    for images in (real, samples[: len(real)]):
-        features.append(torch.cat([classifier[:-1](to_float(block)) for block in images.split(1000)]))
-    precision, recall = precision_recall(*features)
-    shares = classifier[-1](features[1]).argmax(1).bincount(minlength=10) / len(features[1])
-    fid = frechet_distance(*features)
-    return {"fid": fid, "precision": precision, "recall": recall, "class_shares": shares.tolist()}
+def image_metrics(samples: Tensor, real: Tensor, classifier: nn.Sequential) -> dict:
+    """Return metrics of samples against real images, (n, ...) and (m, ...), by the classifier's features."""
+    y, x = (torch.cat([classifier[:-1](to_float(b)) for b in v.split(1000)]) for v in (samples, real))
+    precision, recall = precision_recall(x, y[: len(x)])
+    shares = (classifier[-1](y).argmax(1).bincount(minlength=10) / len(y)).tolist()
+    return {"fid": frechet_distance(x, y), "precision": precision, "recall": recall, "class_shares": shares}
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float | None:
@@ -274,17 +224,15 @@ def frechet_distance(x: Tensor, y: Tensor) -> float | None:
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> list[float | None]:
-    """Return the shares of features fake (m, d) within reach of the real (n, d), and of real of the fake.
-
-    A point reaches as far as its k-th neighbour in its own set (Kynkäänniemi et al. 2019, eq. 1 to 3).
-    """
+    """Return the shares of fake (m, d) near real (n, d), and vice versa (Kynkäänniemi et al. 2019, eq. 1)."""
+    if min(len(real), len(fake)) <= k:
+        return [None, None]
     shares = []
     for points, others in ((fake, real), (real, fake)):
-        if len(others) <= k:
-            return [None, None]
+        # Near is within the distance of the other's k-th neighbour in its own set.
         reach = torch.cat([torch.cdist(b, others).kthvalue(k + 1).values for b in others.split(1000)])
-        inside = torch.cat([(torch.cdist(b, others) <= reach).any(1) for b in points.split(1000)])
-        shares.append(inside.float().mean().item())
+        near = torch.cat([(torch.cdist(b, others) <= reach).any(1) for b in points.split(1000)])
+        shares.append(near.float().mean().item())
     return shares
 
 
@@ -297,20 +245,18 @@ def toy_metrics(samples: Tensor, modes: Tensor, std: float) -> dict:
     return {"modes": len(nearest[good].unique()), "high_quality": good.float().mean().item(), "mode_kl": kl}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Run folder
-
-
+# ---- Run folder -----------------------------------------------------------------------------------------
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let write make a file beside path, then move it there: nobody sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_stem(f"{path.stem}.{os.getpid()}-{threading.get_ident()}")
     write(beside)
     for _ in range(5):
-        with suppress(PermissionError):  # on Windows, while a viewer has it open
+        try:
             return os.replace(beside, path)
-        time.sleep(0.2)
-    warnings.warn(f"{path} is open elsewhere and stays; the new one is {beside}", stacklevel=2)
+        except PermissionError:  # on Windows, while a viewer has it open
+            time.sleep(0.2)
+    tqdm.write(f"warning: {path} is open elsewhere and stays; the new one is {beside}")
 
 
 def load_checkpoint(run: str | os.PathLike) -> dict:
@@ -318,49 +264,40 @@ def load_checkpoint(run: str | os.PathLike) -> dict:
     try:
         path = Path(run, "checkpoint.pt").expanduser()
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script = checkpoint["script"]
+        if checkpoint["script"] != SCRIPT:
+            raise ValueError(f"it is of {checkpoint['script']}.py, not of {SCRIPT}.py")
     except Exception as error:
         raise UserError(f"{run}/checkpoint.pt is missing, damaged or not a run's: {error!r:.80}") from error
-    if script != SCRIPT:
-        raise UserError(f"{path} belongs to {script}.py, not to {SCRIPT}.py")
     return checkpoint
 
 
 def save_samples(path: Path, samples: Tensor, data: Tensor) -> None:
     """Draw 100 images (n, 1, 28, 28), or 2,500 points (n, 2) over as many of the data."""
     if samples.dim() == 4:
-        images = (samples[:100] + 1) / 2
-        return replace_file(path, lambda path: torchvision.utils.save_image(images, path, nrow=10))
+        return replace_file(path, partial(torchvision.utils.save_image, (samples[:100] + 1) / 2, nrow=10))
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 5))
     axes = figure.add_subplot(aspect="equal")
     for points in (data, samples):
         axes.scatter(*points[:2500].cpu().T, s=3, alpha=0.4)
-    replace_file(path, partial(figure.savefig, dpi=70))
+    replace_file(path, figure.savefig)
 
 
 def save_curves(folder: Path) -> None:
     """Draw each number of metrics.jsonl against the step, in curves.png."""
     from matplotlib.figure import Figure
 
-    curves = defaultdict(list)
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        for name in row.keys() - {"step", "class_shares"}:
-            curves[name].append((row["step"], math.nan if row[name] is None else row[name]))
-    height = max(1, math.ceil(len(curves) / 4))
-    figure = Figure(figsize=(14, 3 * height), layout="tight")
-    for place, name in enumerate(sorted(curves), 1):
-        axes = figure.add_subplot(height, 4, place, title=name, xlabel="step")
-        axes.plot(*zip(*curves[name]), marker="." if len(curves[name]) < 20 else None)
-    replace_file(folder / "curves.png", partial(figure.savefig, dpi=70))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = sorted({name for row in rows for name in row} - {"step", "class_shares"})
+    figure = Figure(figsize=(5, 3 * len(names) + 1), layout="tight")
+    for place, name in enumerate(names, 1):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        figure.add_subplot(len(names), 1, place, title=name).plot(*zip(*points), marker=".")
+    replace_file(folder / "curves.png", figure.savefig)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Networks
-
-
+# ---- Networks -------------------------------------------------------------------------------------------
 def block(layer: nn.Module, channels: int) -> nn.Sequential:
     """Return a layer followed by batch normalisation and ReLU."""
     return nn.Sequential(layer, nn.BatchNorm2d(channels), nn.ReLU())
@@ -412,15 +349,12 @@ def draw_samples(generator: nn.Module, args, count: int) -> Tensor:
     return torch.cat([generator.eval()(z) for z in latents.split(1000)])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Loss and training
-
-
+# ---- Loss -----------------------------------------------------------------------------------------------
 def gradient_penalty(f: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor) -> Tensor:
     """Return the mean of (|grad f(t)| - 1)^2 at random points t between real and fake (b, ...): a scalar.
 
-    Gulrajani et al. 2017, eq. 3. f returns a value per sample, (b,) or (b, 1), that depends on no other
-    sample: no batch normalisation. Raises ValueError for other shapes.
+    Gulrajani et al. 2017, eq. 3. f maps samples to values, (b,) or (b, 1), each by itself: no batch
+    normalisation. Raises ValueError for other shapes.
     """
     if real.shape != fake.shape:
         raise ValueError(f"real {tuple(real.shape)} and fake {tuple(fake.shape)} must have one shape")
@@ -433,31 +367,26 @@ def gradient_penalty(f: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor) 
     return (grad.flatten(1).norm(dim=1) - 1).square().mean()
 
 
+# ---- Training -------------------------------------------------------------------------------------------
 def train(args: Args) -> Path:
     """Train, evaluate and save; return the run folder. With args.generate draw samples of a run instead.
 
     Raises UserError for what the user can mend. After Ctrl-C or SIGTERM it saves and raises SystemExit.
     """
-    toy = args.dataset in TOYS
-    with ExitStack() as stack:
-        # Torch's random numbers and switches, which the stack puts back at the end
-        try:
-            device = torch.empty(0, device=args.device).device
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {args.device} cannot be used, try cpu: {error!s:.60}") from error
+    toy, device = args.dataset in ("ring", "grid"), torch.device(args.device)
+    with ExitStack() as stack:  # puts back what a run changes in the process
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
         torch.set_deterministic_debug_mode("warn" if args.torch_deterministic else "default")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without, cuBLAS is not deterministic
-        torch.manual_seed(args.seed)
-
         data, measure = load_data(args)
+        torch.manual_seed(args.seed)
         generator = make_mlp(args.latent_dim, 2, nn.ReLU()) if toy else make_generator(args.latent_dim)
         critic = make_mlp(2, 1, nn.LeakyReLU(0.2)) if toy else make_critic()
         generator.to(device)
         critic.to(device)
-        ema_decay = min(0.999, 1 - 10 / max(10, args.num_steps))  # a short run has a short memory
-        averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
+        decay = min(0.999, 1 - 10 / max(10, args.num_steps))  # a short run has a short memory
+        averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         # No momentum: with it the two networks overshoot.
         optimizer_g = torch.optim.Adam(generator.parameters(), betas=(0.0, 0.9), fused=True)
         optimizer_c = torch.optim.Adam(critic.parameters(), betas=(0.0, 0.9), fused=True)
@@ -465,50 +394,39 @@ def train(args: Args) -> Path:
         parts |= {"optimizer_g": optimizer_g, "optimizer_c": optimizer_c}
 
         # A new run folder, or that of the run to go on with, whose log is cut at its checkpoint
+        folder = Path(args.run_dir, f"{args.exp_name}__{args.dataset}__{args.seed}__{time.time_ns()}")
         step, seconds, run_id = 0, 0.0, None
-        if args.resume:
+        if args.resume is not None:
             folder = Path(args.resume)
             checkpoint = load_checkpoint(folder)
-            try:
-                for name, part in parts.items():
-                    part.load_state_dict(checkpoint[name])
-            except (KeyError, RuntimeError, ValueError) as error:
-                raise UserError(f"the options do not fit the networks of {folder}: {error!s:.100}") from error
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
             torch.set_rng_state(checkpoint["rng"])
-            if device.type == "cuda" and checkpoint["rng_cuda"] is not None:
-                torch.cuda.set_rng_state(checkpoint["rng_cuda"], device)
+            torch.cuda.set_rng_state_all(checkpoint["rng_cuda"][: torch.cuda.device_count()])
             step, seconds, run_id = checkpoint["progress"]
         if args.generate:
-            return save_generated(folder, draw_samples(averaged, args, args.generate))
-        if not args.resume:
-            folder = Path(args.run_dir, f"{args.exp_name}__{args.dataset}__{args.seed}__{time.time_ns()}")
-            folder.mkdir(parents=True)
-        path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            samples = draw_samples(averaged, args, args.generate).cpu().numpy()
+            replace_file(folder / "generated" / "samples.npy", lambda path: np.save(path, samples))
+            return folder / "generated"
+        folder.mkdir(parents=True, exist_ok=args.resume is not None)
+        log_file = folder / "metrics.jsonl"
+        lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
+        log_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
         wandb_run = None
         if args.track:
             import wandb
 
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_id}
-            names["name"] = os.environ.get("WANDB_NAME", folder.name)
-            wandb_run = wandb.init(**names, resume="allow", config=vars(args), dir=args.run_dir)
-            run_id = stack.enter_context(wandb_run).id  # finished at the end, or failed by an error
+            project = args.wandb_project_name or os.environ.get("WANDB_PROJECT", "minimal-gans")
+            names = {"entity": args.wandb_entity, "name": os.environ.get("WANDB_NAME", folder.name)}
+            options = {"id": run_id, "resume": "allow", "config": vars(args), "dir": args.run_dir}
+            wandb_run = stack.enter_context(wandb.init(project=project, **names, **options))
+            run_id = wandb_run.id  # the stack ends the run, as failed after an error
 
         def log(row: dict) -> None:
-            with (folder / "metrics.jsonl").open("a") as file:
+            with log_file.open("a") as file:
                 file.write(json.dumps({"step": step} | row) + "\n")
             if wandb_run:
                 wandb_run.log(row, step=step)
-
-        def save() -> None:
-            if not all(p.isfinite().all() for p in averaged.parameters()):
-                raise UserError(f"weights are not finite at step {step}: lower the learning rate")
-            checkpoint = {name: part.state_dict() for name, part in parts.items()}
-            checkpoint |= {"script": SCRIPT, "args": vars(args), "progress": (step, seconds, run_id)}
-            rng_cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-            checkpoint |= {"rng": torch.get_rng_state(), "rng_cuda": rng_cuda}
-            replace_file(folder / "checkpoint.pt", partial(torch.save, checkpoint))
 
         def evaluate() -> dict:
             samples = draw_samples(averaged, args, max(args.num_eval_samples, 2500 if toy else 100))
@@ -527,20 +445,19 @@ def train(args: Args) -> Path:
                 before = signal.signal(number, lambda number, frame: signals.append(number))
                 stack.callback(signal.signal, number, before)
 
-        bar = stack.enter_context(tqdm(total=args.num_steps, initial=step, desc=SCRIPT, disable=None))
-        clock, logged_step = time.perf_counter(), step
-        while step < args.num_steps and not signals:
-            step += 1
+        logged, clock = step, time.perf_counter()
+        steps = tqdm(range(step + 1, args.num_steps + 1), desc=SCRIPT, disable=None)
+        for step in steps:
             # The learning rate is constant at first, then falls linearly to zero.
-            rate = args.learning_rate * min(1.0, (args.num_steps - step + 1) / (0.7 * args.num_steps))
-            optimizer_g.param_groups[0]["lr"] = rate
-            optimizer_c.param_groups[0]["lr"] = rate
+            rate = min(1.0, (args.num_steps - step + 1) / ((0.4 if toy else 0.7) * args.num_steps))
+            optimizer_g.param_groups[0]["lr"] = rate * args.learning_rate
+            optimizer_c.param_groups[0]["lr"] = rate * args.learning_rate
 
             # The critic minimises  E f(y) - E f(x) + lambda E (|grad f(t)| - 1)^2,  or clips its weights.
             for _ in range(args.critic_steps):
-                real = to_float(data[torch.randint(len(data), (args.batch_size,), device=device)])
+                real = to_float(data[torch.randint(len(data), (args.batch_size,), device=args.device)])
                 with torch.no_grad():
-                    fake = generator(torch.randn(args.batch_size, args.latent_dim, device=device))
+                    fake = generator(torch.randn(args.batch_size, args.latent_dim, device=args.device))
                 f_real, f_fake = critic(torch.cat((real, fake))).chunk(2)
                 w1 = f_real.mean() - f_fake.mean()
                 loss_c = -w1
@@ -554,67 +471,49 @@ def train(args: Args) -> Path:
                         weight.data.clamp_(-args.clip, args.clip)
 
             # The generator minimises  -E f(y).
-            fake = generator(torch.randn(args.batch_size, args.latent_dim, device=device))
+            fake = generator(torch.randn(args.batch_size, args.latent_dim, device=args.device))
             loss_g = -critic(fake).mean()
             optimizer_g.zero_grad()
             loss_g.backward(inputs=list(generator.parameters()))
             optimizer_g.step()
             averaged.update_parameters(generator)
 
-            bar.update()
-            if step % args.log_every == 0 or step == args.num_steps:
-                scalars = {
-                    "loss_c": loss_c,
-                    "loss_g": loss_g,
-                    "w1": w1,
-                    "critic_std": f_real.std(correction=0),
-                }
-                scalars = {name: value.item() for name, value in scalars.items()}
-                if not all(map(math.isfinite, scalars.values())):
-                    raise UserError(f"not finite at step {step}: {scalars}; lower --learning-rate")
+            last = bool(signals) or step == args.num_steps
+            if last or step % args.log_every == 0 or step % args.eval_every == 0:
+                if not all(p.isfinite().all() for p in averaged.parameters()):
+                    raise UserError(f"weights are not finite at step {step}: lower the learning rate")
                 elapsed = time.perf_counter() - clock
                 seconds += elapsed
-                log(scalars | {"steps_per_second": (step - logged_step) / elapsed})
-                clock, logged_step = time.perf_counter(), step
-            if step % args.eval_every == 0 and step < args.num_steps:
-                save()
-                evaluate()
-                clock, logged_step = time.perf_counter(), step
+                row = {"loss_c": loss_c.item(), "loss_g": loss_g.item(), "w1": w1.item()}
+                row["critic_std"] = f_real.std(correction=0).item()
+                log(row | {"steps_per_second": (step - logged) / elapsed})
+                checkpoint = {name: part.state_dict() for name, part in parts.items()}
+                checkpoint |= {"script": SCRIPT, "args": vars(args), "progress": (step, seconds, run_id)}
+                checkpoint |= {"rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state_all()}
+                replace_file(folder / "checkpoint.pt", partial(torch.save, checkpoint))
+                if step % args.eval_every == 0 and not last:
+                    evaluate()
+                logged, clock = step, time.perf_counter()
+            if last:
+                break
 
-        save()
-        if signals:
+        if step < args.num_steps:
             save_curves(folder)
             command = shlex.join(["python", f"{SCRIPT}.py", f"--resume={folder}"])
             tqdm.write(f"stopped after step {step}; go on with: {command}")
             raise SystemExit(128 + signals[0])
-        metrics = evaluate() | {"real": measure(data)}
+        results = evaluate() | {"real": measure(data), "steps": step, "seconds": seconds}
+        results |= {"device": args.device, "torch": torch.__version__, "args": vars(args)}
+        replace_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
         save_curves(folder)
-        facts = {"steps": step, "seconds": seconds, "device": args.device, "torch": torch.__version__}
-        results = json.dumps(metrics | facts | {"args": vars(args)}, indent=2)
-        replace_file(folder / "results.json", lambda path: path.write_text(results))
         print(folder)
         return folder
-
-
-def save_generated(folder: Path, samples: Tensor) -> Path:
-    """Save samples in the new folder generated/ of a run: images as PNG files, points as samples.npy."""
-    out = folder / "generated"
-    if out.exists():
-        raise UserError(f"{out} is there already: move it away first")
-    beside = folder / f"generated.{os.getpid()}"
-    beside.mkdir()
-    if samples.dim() == 2:
-        np.save(beside / "samples.npy", samples.cpu().numpy())
-    else:
-        for i, image in enumerate(samples):
-            torchvision.utils.save_image((image + 1) / 2, beside / f"{i:06d}.png")
-    return beside.rename(out)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Return the command line's options, over those of the resumed run or the data set's preset."""
     typed = tyro.cli(Args, args=argv)
-    default = Args(resume=typed.resume) if typed.resume else Args(dataset=typed.dataset)
+    default = Args(dataset=typed.dataset) if typed.resume is None else Args(resume=typed.resume)
     return tyro.cli(Args, args=argv, default=default)
 
 

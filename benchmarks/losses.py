@@ -156,7 +156,7 @@ def compiled_form(x: Tensor, y: Tensor) -> Tensor:
 
 def dense_mmd2(x: Tensor, y: Tensor) -> Tensor:
     """mmd2 by whole matrices and autograd."""
-    k_xx, k_yy, k_xy = dense_means(x, y, BANDWIDTHS, (1.0,) * len(BANDWIDTHS), "gaussian", False)
+    k_xx, k_yy, k_xy = dense_means(x, y, BANDWIDTHS, "gaussian", False, (1.0,) * len(BANDWIDTHS))
     return k_xx + k_yy - 2 * k_xy
 
 

@@ -59,15 +59,14 @@ def train(script: str, steps: int, options: dict) -> list[float] | str:
     class Enough(Exception):
         """Raised after so many steps of a run that was to be longer: its learning rates have not fallen."""
 
-    class Bar(tqdm):
-        done = 0
-
-        def update(self, n: int = 1) -> None:
-            self.done += n
-            if self.done > steps:
+    def bar(all_steps: range, **options):
+        for step in all_steps:
+            if step > steps:
                 raise Enough
+            yield step
 
-    module.tqdm = Bar
+    bar.write = print
+    module.tqdm = bar
     with tempfile.TemporaryDirectory() as folder:
         args = module.Args(run_dir=folder, **options)
         try:

@@ -440,18 +440,14 @@ def watch_training(name: Script, settings, before_step: Callable[[int], None]) -
                 yield step
 
         watching = patch.multiple(script.Run, steps=watched, quiet=True)
-    else:  # wgan_gp and mmd_gan have no more than a progress bar, which counts the steps
+    else:  # wgan_gp and mmd_gan have no more than a progress bar around their steps
 
-        class Bar(script.tqdm):
-            def __init__(self, *values, **options):
-                super().__init__(*values, **options | {"disable": True})
-                before_step(0)
+        def bar(steps: range, **options) -> Iterator[int]:
+            for step in steps:
+                before_step(step - 1)
+                yield step
 
-            def update(self, n: int = 1) -> None:
-                self.n += n
-                before_step(self.n)
-
-        watching = patch.object(script, "tqdm", Bar)
+        watching = patch.object(script, "tqdm", bar)
     try:
         with tempfile.TemporaryDirectory() as folder, watching, contextlib.suppress(Enough):
             script.train(dataclasses.replace(settings, run_dir=folder))

@@ -12,9 +12,8 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mmd_gan
 import wgan_gp
-from mmd_gan import critic_loss, kernel_means, mmd2, witness
+from mmd_gan import kernel_means, mmd2, witness
 
 CHAIN = (1.0, 2.0, 4.0)
 MEANS = ("k_xx", "k_yy", "k_xy")
@@ -62,7 +61,7 @@ def assert_near(got, want, rel: float) -> None:
     """Equal up to a share of the norm."""
     for g, w in zip(got, want, strict=True):
         assert g.isfinite().all()
-        assert (g.double() - w.double()).norm() <= rel * w.double().norm() + 1e-300
+        assert (g.double() - w.double()).norm() <= rel * w.double().norm() + 1e-30
 
 
 SIZES = {
@@ -294,20 +293,17 @@ X, Y = cloud(4, 3), cloud(5, 3, 1)
         (X.bfloat16(), Y.bfloat16(), CHAIN, {}, "torch.bfloat16"),
         (X.half(), Y.half(), CHAIN, {}, "torch.float16"),
         (X, Y.to("meta"), CHAIN, {}, "cpu.*meta"),
-        (X[:1], Y, CHAIN, {}, "1 and 5 points.*at least 2"),
-        (X, Y[:1], CHAIN, {}, "4 and 1 points.*at least 2"),
-        (X[:0], Y, CHAIN, {"unbiased": False}, "0 and 5 points.*at least 1"),
-        (X * math.nan, Y, CHAIN, {}, "finite"),
-        (X, Y / 0, CHAIN, {"kernel": "rational_quadratic"}, "finite"),
-        (X, Y / 0, torch.tensor(CHAIN), {}, "finite"),
+        (X[:1], Y, CHAIN, {}, "1 and 5 points"),
+        (X, Y[:1], CHAIN, {}, "4 and 1 points"),
+        (X[:0], Y, CHAIN, {"unbiased": False}, "0 and 5 points"),
         (X, Y, (1.0, 0.0), {}, r"bandwidths must be positive.*\(1.0, 0.0\)"),
         (X, Y, (-1.0,), {"kernel": "rational_quadratic"}, r"bandwidths must be positive.*-1.0"),
         (X, Y, -1.0, {}, r"bandwidths must be positive.*-1.0"),
-        (X, Y, (math.inf,), {}, "bandwidths must be positive and finite.*inf"),
-        (X, Y, (math.nan,), {}, "bandwidths must be positive and finite.*nan"),
-        (X, Y, (), {}, "0 bandwidths"),
-        (X, Y, CHAIN, {"weights": (1.0, 2.0)}, "3 bandwidths and 2 weights"),
-        (X, Y, torch.tensor(CHAIN), {"weights": (1.0, 2.0)}, "3 bandwidths and 2 weights"),
+        (X, Y, (math.inf,), {}, "bandwidths must be positive.*inf"),
+        (X, Y, (math.nan,), {}, "bandwidths must be positive.*nan"),
+        (X, Y, (), {}, r"bandwidths must be positive.*\(\)"),
+        (X, Y, CHAIN, {"weights": (1.0, 2.0)}, r"\(1.0, 2.0, 4.0\).*\(1.0, 2.0\)"),
+        (X, Y, torch.tensor(CHAIN), {"weights": (1.0, 2.0)}, r"tensor.*\(1.0, 2.0\)"),
         (X, Y, CHAIN, {"kernel": "laplace"}, "gaussian or rational_quadratic.*'laplace'"),
     ],
 )
@@ -317,16 +313,17 @@ def test_value_errors(function, x, y, bandwidths, options, message):
         function(x, y, bandwidths, **options)
 
 
-# The critic's losses, the witness and the penalty
+@pytest.mark.parametrize("x, y", [(X * math.nan, Y), (X, Y / 0), (X[:, :1] / 0, Y[:, :1])])
+@pytest.mark.parametrize("kind", [tuple, torch.tensor])
+@BOTH
+def test_points_that_are_not_finite(x, y, kind, kernel):
+    """Are refused by mmd2; the means of a training step, which must not wait for a GPU, are NaN."""
+    with pytest.raises(ValueError, match="not finite"):
+        mmd2(x, y, kind(CHAIN), kernel=kernel)
+    assert kernel_means(x, y, kind(CHAIN), kernel)[2].isnan()
 
 
-def test_critic_losses():
-    """-MMD^2 with a repulsion of -1, k_xx - k_yy with 1; Wang et al. 2019, eq. 4 and 5."""
-    k_xx, k_yy, k_xy = kernel_means(cloud(6, 3), cloud(7, 3, 1, 0.5), CHAIN)
-    assert critic_loss(k_xx, k_yy, k_xy, 1.0) == k_xx - k_yy
-    torch.testing.assert_close(critic_loss(k_xx, k_yy, k_xy, -1.0), -(k_xx + k_yy - 2 * k_xy))
-    torch.testing.assert_close(critic_loss(k_xx, k_yy, k_xy, 0.0), k_xy - k_yy)
-    assert critic_loss(2.0, 3.0, 5.0, 0.5) == 0.5 * 2 + 0.5 * 5 - 3
+# The witness and the penalty
 
 
 @BOTH
@@ -347,24 +344,22 @@ def test_witness_of_an_unknown_kernel():
         witness(X, X, Y, CHAIN, "laplace")
 
 
-@pytest.mark.parametrize("script", [mmd_gan, wgan_gp])
-def test_penalty_of_a_linear_function(script):
+def test_penalty_of_a_linear_function():
     """(|w| - 1)^2 at every point, with derivatives."""
     w = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
     real, fake = cloud(5, 2), cloud(5, 2, 1)
     for f in (lambda t: t @ w, lambda t: (t @ w)[:, None]):
-        penalty = script.gradient_penalty(f, real, fake)
+        penalty = wgan_gp.gradient_penalty(f, real, fake)
         assert penalty.item() == 16.0 and penalty.shape == ()
         (grad,) = torch.autograd.grad(penalty, w)
         torch.testing.assert_close(grad, 2 * (5 - 1) * w.detach() / 5)
-    images = script.gradient_penalty(
+    images = wgan_gp.gradient_penalty(
         lambda t: 2 * t.flatten(1).sum(1), torch.ones(3, 1, 2, 2), torch.ones(3, 1, 2, 2)
     )
     assert images.item() == 9.0
 
 
-@pytest.mark.parametrize("script", [mmd_gan, wgan_gp])
-def test_penalty_is_taken_between_the_points(script):
+def test_penalty_is_taken_between_the_points():
     """Of t^2 / 2 in one dimension: (|t| - 1)^2, with one t per pair on the way from real to fake."""
     seen = []
 
@@ -373,20 +368,19 @@ def test_penalty_is_taken_between_the_points(script):
         return t.square().sum(1) / 2
 
     real, fake = torch.full((2000, 2), 1.0), torch.full((2000, 2), 3.0)
-    penalty = script.gradient_penalty(f, real, fake)
+    penalty = wgan_gp.gradient_penalty(f, real, fake)
     (t,) = seen
     torch.testing.assert_close(t[:, 0], t[:, 1])
     assert 1 <= t.min() < 1.05 and 2.95 < t.max() <= 3 and abs(t.mean() - 2) < 0.1
     torch.testing.assert_close(penalty, (t.norm(dim=1) - 1).square().mean())
 
 
-@pytest.mark.parametrize("script", [mmd_gan, wgan_gp])
-def test_penalty_refuses(script):
+def test_penalty_refuses():
     with pytest.raises(ValueError, match=r"\(4, 3\) and fake \(5, 3\)"):
-        script.gradient_penalty(lambda t: t.sum(1), X, Y)
+        wgan_gp.gradient_penalty(lambda t: t.sum(1), X, Y)
     for f in (lambda t: t, lambda t: t.sum()):
         with pytest.raises(ValueError, match="a value per sample"):
-            script.gradient_penalty(f, X, X)
+            wgan_gp.gradient_penalty(f, X, X)
 
 
 # Properties

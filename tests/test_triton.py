@@ -68,9 +68,10 @@ def mmd_errors(n: int, m: int, d: int, options: dict, device: str = "cpu") -> li
     options = {"kernel": "gaussian", "bandwidths": (1.0, 2.0, 4.0)} | options
     bandwidths, kernel = options["bandwidths"], options["kernel"]
     weights = options.get("weights", (1.0,) * len(bandwidths))
-    x, y = points(n, m, d, device)
-    got = mmd_gan.triton_sums(x, y, bandwidths, weights, kernel)
-    want = mmd_gan.torch_sums(x.double(), y.double(), bandwidths, weights, kernel)
+    z = torch.cat(points(n, m, d, device))
+    z -= z.mean(0)
+    got = mmd_gan.triton_sums(z, n, bandwidths, kernel, weights)
+    want = mmd_gan.torch_sums(z.double(), n, bandwidths, kernel, weights)
     return [error for part in range(2) for error in errors(got[part], want[part])]
 
 
@@ -139,12 +140,12 @@ def interpret(loss: str) -> None:
 # Compiled ahead of time
 
 
-PAIRS = {"PARTS": 5, "BLOCK": 32, "BLOCK_D": 32}
+PAIRS = {"MIX": ((8.0, 1.0), (4.0, 0.5), (2.0, 1.0), (1.0, 2.0), (0.5, 1.0)), "BLOCK": 32, "BLOCK_D": 32}
 ITERATE = {"SELF": False, "IS_KEPT": False, "COLS": 64}
 FINISH = {"IS_KEPT": False, "BLOCK": 32, "COLS": 64}
 MMD_LAUNCHES = [
     PAIRS | {"D": d, "OUT_D": out, "GAUSSIAN": gaussian}
-    for d, out in ((16, 16), (64, 64), (784, 64))
+    for d, out in ((2, 16), (16, 16), (32, 32), (64, 64), (784, 64))
     for gaussian in (True, False)
 ]
 LAUNCHES = [  # the largest forms of the kernels that are launched: kernel, its constants, warps
@@ -160,7 +161,7 @@ LAUNCHES = [  # the largest forms of the kernels that are launched: kernel, its 
     ("finish", FINISH | {"D": 784, "BLOCK_D": 32, "OUT_D": 128}, 8),
     ("finish", FINISH | {"D": 784, "BLOCK_D": 32, "OUT_D": 128, "IS_KEPT": True}, 8),
 ]
-INTEGERS = ["n", "m", "first", "steps", "limit"]
+INTEGERS = ["n", "m", "size", "first", "steps", "limit"]
 
 
 def resources(kernel, constants: dict, warps: int, capability: int, stages: int = 2) -> str:
@@ -176,7 +177,8 @@ def resources(kernel, constants: dict, warps: int, capability: int, stages: int 
     constants = constants | ({"PRECISION": "tf32x3"} if "PRECISION" in names else {})
     values = {(names.index(name),): value for name, value in constants.items()}
     # As at a launch, where pointers, and sizes that are a multiple of it, are known to be divisible by 16.
-    even = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in ("n", "m")]
+    sizes = ("n", "m", "size")
+    even = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in sizes]
     attributes = {(i,): [["tt.divisibility", 16]] for i in even}
     source = ASTSource(kernel, signature, values, attributes)
     target, options = GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages}

@@ -151,11 +151,12 @@ WRONG = [
     ({"log_every": None}, "log_every.*None"),
     ({"num_eval_samples": -1}, "num_eval_samples.*-1"),
     ({"penalty_weight": -1.0}, "penalty_weight.*-1.0"),
+    ({"seed": np.int64(3)}, "seed.*int.*3"),
     ({"penalty_weight": math.nan}, "penalty_weight.*nan"),
     ({"torch_deterministic": 1}, "torch_deterministic.*bool.*1"),
     ({"track": "yes"}, "track.*bool.*'yes'"),
     ({"run_dir": 3}, "run_dir.*str.*3"),
-    ({"nonsense": 1}, "no option nonsense"),
+    ({"nonsense": 1}, "no options.*nonsense"),
     ({"resume": 7}, "7"),
 ]
 WRONG_MMD = [
@@ -191,10 +192,7 @@ def test_wrong_options(script, options, message):
 
 
 @BOTH
-def test_numbers_of_numpy_and_integers_for_floats(script):
-    args = script.Args(seed=np.int64(7), num_steps=np.int32(3), penalty_weight=np.float32(2), batch_size=16)
-    assert (args.seed, args.num_steps, args.penalty_weight) == (7, 3, 2.0)
-    assert [type(v) for v in (args.seed, args.num_steps, args.penalty_weight)] == [int, int, float]
+def test_integers_for_floats(script):
     args = script.Args(**{RATE[script]: 1, "penalty_weight": 0})
     assert type(getattr(args, RATE[script])) is type(args.penalty_weight) is float
     json.dumps(vars(args))
@@ -232,23 +230,16 @@ def test_what_is_typed_wins_over_the_run(script, tiny):
 
 @BOTH
 def test_options_that_do_not_fit_the_run(script, tiny):
-    """Another network than that of the checkpoint is a mistake that one can mend."""
+    """Another network than that of the checkpoint is refused by torch, and nothing is changed."""
     folder = script.train(tiny(script, num_eval_samples=1))
     before = (folder / "checkpoint.pt").read_bytes()
-    with pytest.raises(script.UserError):
+    with pytest.raises(RuntimeError, match="size mismatch"):
         script.train(script.Args(resume=folder, latent_dim=9, num_steps=6))
     assert (folder / "checkpoint.pt").read_bytes() == before
 
 
-def test_another_encoder_does_not_fit_the_run(tiny):
-    """Whose checkpoint has no critic."""
-    folder = mmd_gan.train(tiny(mmd_gan, num_eval_samples=1))
-    with pytest.raises(mmd_gan.UserError):
-        mmd_gan.train(mmd_gan.Args(resume=folder, encoder="learned", num_steps=6))
-
-
 def test_a_batch_of_one_has_no_unbiased_mean(tiny):
-    with pytest.raises(mmd_gan.UserError, match=r"batch.size"):
+    with pytest.raises(ValueError, match="1 and 1 points are too few"):
         mmd_gan.train(tiny(mmd_gan, batch_size=1))
 
 
@@ -343,8 +334,6 @@ def test_variables_of_wandb(script, tiny, wandb, monkeypatch):
     assert [o["project"] for o in wandb.inits] == ["of the shell", "given"]
     assert [o["name"] for o in wandb.inits] == ["a name"] * 2
     assert [o["entity"] for o in wandb.inits] == [None, "us"]
-    assert script.parse_args([]).wandb_project_name == "of the shell"
-    assert script.parse_args(["--wandb-project-name", "minimal-gans"]).wandb_project_name == "minimal-gans"
 
 
 @BOTH
@@ -440,7 +429,7 @@ def test_metrics_of_almost_nothing(script):
 
 
 @BOTH
-def test_a_file_that_is_open_elsewhere(script, tiny, monkeypatch):
+def test_a_file_that_is_open_elsewhere(script, tiny, monkeypatch, capsys):
     """A warning; the new one is kept beside it, and the run goes on."""
     replace, waits = os.replace, []
 
@@ -451,8 +440,8 @@ def test_a_file_that_is_open_elsewhere(script, tiny, monkeypatch):
 
     monkeypatch.setattr(os, "replace", refuse)
     monkeypatch.setattr("time.sleep", waits.append)
-    with pytest.warns(UserWarning, match="samples.png"):
-        folder = script.train(tiny(script))
+    folder = script.train(tiny(script))
+    assert "samples.png is open elsewhere" in capsys.readouterr().out
     assert waits and results(folder)["steps"] == 4 and not (folder / "samples.png").exists()
     (beside,) = (p for p in folder.glob("samples*.png") if p.name[7:8] == ".")
     assert beside.read_bytes() == (folder / "samples_000004.png").read_bytes()
@@ -479,14 +468,15 @@ def test_replace_file(script, tmp_path):
 
 @BOTH
 def test_a_loss_that_is_not_finite(script, tiny):
-    """Ends the run, and the last good checkpoint stays."""
+    """Ends the run, and the last finite checkpoint stays."""
     folder = script.train(tiny(script, dataset="mnist", num_steps=2, num_eval_samples=0))
     before = (folder / "checkpoint.pt").read_bytes()
-    for log_every in (1, 100):
+    for log_every in (100, 1):
         with pytest.raises(script.UserError, match=r"not finite.*learning.rate"):
             options = {"num_steps": 9, "log_every": log_every, "eval_every": 100, RATE[script]: 1e30}
             script.train(script.Args(resume=folder, **options))
-        assert (folder / "checkpoint.pt").read_bytes() == before
+        assert log_every == 1 or (folder / "checkpoint.pt").read_bytes() == before
+        assert all(v.isfinite().all() for v in load(folder)["averaged"].values())
     rows(folder)
 
 
@@ -517,10 +507,11 @@ def test_no_data_and_no_network(script, run_cli, tmp_path):
 
 
 @BOTH
-@pytest.mark.parametrize("device", ["cuda", "cuda:3", "nonsense"])
-def test_a_device_that_is_not_there(script, device, run_cli, tmp_path):
-    options = ["--dataset", "ring", "--num-steps", 2, "--device", device]
-    one_line(run_cli(*options, script=f"{script.SCRIPT}.py"), device)
+@pytest.mark.parametrize("device", ["cuda:77", "nonsense"])
+def test_a_device_that_is_not_there(script, device, tiny, tmp_path):
+    """Is torch's own error, before there is a run folder."""
+    with pytest.raises((RuntimeError, AssertionError)):
+        script.train(tiny(script, device=device, run_dir=tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
 
 
@@ -536,7 +527,7 @@ def test_checkpoints_that_cannot_be_used(script, tmp_path, run_cli):
     for content, message in (
         ({"weight": torch.ones(2)}, "checkpoint"),
         ([1, 2], "checkpoint"),
-        ({"script": other, "args": {}}, f"{other}.py, not to {name}"),
+        ({"script": other, "args": {}}, f"{other}.py, not of {name}"),
         (Evil(tmp_path / "evil"), "checkpoint"),
     ):
         torch.save(content, path)
