@@ -54,7 +54,8 @@ TOY = {"batch_size": 256, "latent_dim": 2, "encoder": "none", "kernel": "gaussia
 # Without an encoder the kernel sees the data: widths from that of a mode to that of the whole
 RING = {"num_steps": 20_000, "eval_every": 4000, "bandwidths": tuple(0.01 * 2**i for i in range(8))}
 GRID = {"num_steps": 45_000, "eval_every": 9000, "bandwidths": tuple(0.05 * 2**i for i in range(7))}
-PRESETS = {"digits": {"num_steps": 1500, "eval_every": 500}, "ring": TOY | RING, "grid": TOY | GRID}
+DIGITS = {"num_steps": 1500, "eval_every": 500}
+PRESETS = {"dataset": {"digits": DIGITS, "ring": TOY | RING, "grid": TOY | GRID}}
 MAY_BE_ZERO = ("seed", "generate", "num_eval_samples", "penalty_weight")
 
 
@@ -105,7 +106,9 @@ class Args:
 
 def set_options(args, options: dict) -> None:
     """Set args to the options, else to those of the run to resume, the data set's preset or the defaults."""
-    base = PRESETS.get(options.get("dataset"), {})
+    base = {}
+    for name, presets in PRESETS.items():
+        base |= presets.get(options.get(name), {})
     if options.get("resume") is not None and len(options) < len(fields(args)):
         base = load_checkpoint(options["resume"])["args"]
         del base["device"]  # another machine may go on
@@ -819,7 +822,8 @@ def train(args: Args) -> Path:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Return the command line's options, over those of the resumed run or the data set's preset."""
     typed = tyro.cli(Args, args=argv)
-    default = Args(dataset=typed.dataset) if typed.resume is None else Args(resume=typed.resume)
+    chosen = {name: getattr(typed, name) for name in PRESETS if getattr(typed, name) != getattr(Args, name)}
+    default = Args(**chosen) if typed.resume is None else Args(resume=typed.resume)
     return tyro.cli(Args, args=argv, default=default)
 
 

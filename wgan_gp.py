@@ -11,7 +11,6 @@ distance of the two. The critic maximises it under a bound: a penalty on its slo
     Gulrajani et al. 2017   Improved training of WGANs: the gradient penalty     1704.00028
 
     python wgan_gp.py --track                              # MNIST, logged to Weights & Biases
-    python wgan_gp.py --dataset digits                     # no download
     python wgan_gp.py --lipschitz clip                     # the first WGAN
     python wgan_gp.py --resume runs/<run> --generate 1000  # draw samples
 
@@ -46,11 +45,9 @@ from tqdm import tqdm
 
 SCRIPT = "wgan_gp"
 TOY = {"batch_size": 256, "latent_dim": 2, "penalty_weight": 1.0, "clip": 0.3}
-PRESETS = {
-    "digits": {"num_steps": 1500, "eval_every": 500},
-    "ring": TOY | {"num_steps": 10_000, "eval_every": 2000},
-    "grid": TOY | {"num_steps": 20_000, "eval_every": 4000},
-}
+RING = TOY | {"num_steps": 10_000, "eval_every": 2000}
+GRID = TOY | {"num_steps": 20_000, "eval_every": 4000}
+PRESETS = {"dataset": {"digits": {"num_steps": 1500, "eval_every": 500}, "ring": RING, "grid": GRID}}
 MAY_BE_ZERO = ("seed", "generate", "num_eval_samples", "penalty_weight")
 
 
@@ -92,7 +89,9 @@ class Args:
 
 def set_options(args, options: dict) -> None:
     """Set args to the options, else to those of the run to resume, the data set's preset or the defaults."""
-    base = PRESETS.get(options.get("dataset"), {})
+    base = {}
+    for name, presets in PRESETS.items():
+        base |= presets.get(options.get(name), {})
     if options.get("resume") is not None and len(options) < len(fields(args)):
         base = load_checkpoint(options["resume"])["args"]
         del base["device"]  # another machine may go on
@@ -513,7 +512,8 @@ def train(args: Args) -> Path:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Return the command line's options, over those of the resumed run or the data set's preset."""
     typed = tyro.cli(Args, args=argv)
-    default = Args(dataset=typed.dataset) if typed.resume is None else Args(resume=typed.resume)
+    chosen = {name: getattr(typed, name) for name in PRESETS if getattr(typed, name) != getattr(Args, name)}
+    default = Args(**chosen) if typed.resume is None else Args(resume=typed.resume)
     return tyro.cli(Args, args=argv, default=default)
 
 

@@ -37,9 +37,9 @@ From n = 16,384 on, on the CPU only this repository's losses run, without a refe
 Times: each round runs every implementation twice, in random order, so that a machine that drifts hits all
 alike, and counts the second; the table has the median and the quartiles. Compiling and tuning come before.
 Errors: relative to float64, as norms.
-x floor: the time of this repository's losses over that of the operations and bytes that they need at least
-(mmd_operations, sinkhorn_operations, and the inputs read and the gradients written once), at the rates of a
-matrix product and a copy that are measured first. An exponential counts as one operation of a product, though
+x floor: the time of mmd2 over that of the operations and bytes that it needs at least (mmd_operations, and
+the inputs read and the gradients written once), at the rates of a matrix product and a copy that are measured
+first. An exponential counts as one operation of a product, though
 a device makes fewer of them: the true gap is smaller.
 Memory: what one evaluation adds at its peak to the inputs, gradients included (2 n d float32); on the CPU the
 rise of the resident memory of a fresh process which has warmed up on four points and whose malloc gives freed
@@ -63,7 +63,6 @@ from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
-from unittest import mock
 
 import numpy as np
 import torch
@@ -72,9 +71,9 @@ from torch import Tensor
 
 os.environ.setdefault("PYKEOPS_VERBOSE", "0")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import sinkhorn_gan
+from gmgan_mnist import fail
 from mmd_gan import dense_means, mmd2
-from sinkhorn_gan import dot_precision, fail, mean_cost, sinkhorn_divergence
+from sinkhorn_gan import mean_cost, sinkhorn_divergence
 
 BANDWIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
 DEVIATIONS = (0.1, 0.5, 1.0, 1.2, 1.5, 2.0, 5.0, 10.0, 100.0)  # of the second table of MMD^2
@@ -120,7 +119,8 @@ class Args:
     def __post_init__(self) -> None:
         for name in ("threads", "repeats", "max_n"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+                option = f"--{name.replace('_', '-')}"
+                fail(f"{option} must be at least 1, not {getattr(self, name)}")
         if self.device == "cuda" and not torch.cuda.is_available():
             fail(f"--device cuda: torch {torch.__version__} finds no CUDA device; use --device cpu")
 
@@ -393,7 +393,7 @@ def rates(device: str) -> tuple[float, float]:
     copy = min(milliseconds(lambda: target.copy_(source), cuda) for _ in range(5))
     a, b = torch.randn(2, size, size, device=device)
     product = min(milliseconds(lambda: a @ b, cuda) for _ in range(5))
-    if cuda and dot_precision(a) == "tf32x3":
+    if cuda:  # Triton makes float32 products of three in tf32
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
         product = min(product, *(3 * milliseconds(lambda: a @ b, cuda) for _ in range(5)))
@@ -411,45 +411,11 @@ def mmd_operations(n: int, d: int) -> int:
     return points * (points + 1) // 2 * (2 * d + 4 * len(BANDWIDTHS)) + points**2 * 2 * d
 
 
-def sinkhorn_operations(n: int, d: int, iterations: list[int], road: str) -> int:
-    """What the divergence of n and n points and its gradients need, if solved in so many iterations.
-
-    These are of OT(x, x) and OT(y, y), a half-step each, and of OT(x, y), two each. All distances and
-    exponentials are needed once if the kernel is kept ("dense"), once an iteration and for the gradients if
-    not ("blocked"), and in each half-step and for each of the four gradients ("triton").
-    """
-    half_steps = sum(iterations) + iterations[2]
-    kernels = {"dense": 3, "blocked": sum(iterations) + 3, "triton": half_steps + 4}[road]
-    return n * n * (kernels * (2 * d + 1) + half_steps * 2 + 4 * 2 * d)
-
-
-def solver_iterations(x: Tensor, y: Tensor, *setting) -> list[int]:
-    """Of the divergence's three problems, in the order of sinkhorn_operations."""
-    counts = []
-
-    def counted(*args):
-        plan = transport(*args)
-        counts.append(int(plan.count))
-        return plan
-
-    transport = sinkhorn_gan.transport
-    with mock.patch.object(sinkhorn_gan, "transport", counted):
-        sinkhorn_divergence(x, y, setting[0], tol=setting[1], max_iterations=20_000)
-    yy, xy, xx = counts
-    return [xx, yy, xy]
-
-
-def floor(form: str, x: Tensor, y: Tensor, *setting) -> float:
-    """Milliseconds below which this repository's form cannot get on this device."""
+def floor(x: Tensor) -> float:
+    """Milliseconds below which mmd2 cannot get on this device."""
     n, d = x.shape
-    if setting:
-        dense = n * n <= sinkhorn_gan.DENSE
-        road = "triton" if sinkhorn_gan.takes_triton(x, "auto") else "dense" if dense else "blocked"
-        operations = sinkhorn_operations(n, d, solver_iterations(x, y, *setting), road)
-    else:
-        operations = mmd_operations(n, d)
     per_byte, per_operation = (1e3 / rate for rate in rates(x.device.type))
-    return max(4 * n * d * 4 * per_byte, operations * per_operation)
+    return max(4 * n * d * 4 * per_byte, mmd_operations(n, d) * per_operation)
 
 
 def resident(peak: bool) -> int:
@@ -469,7 +435,6 @@ def memory_here(form: str, n: int, d: int, device: str, threads: int, *setting) 
     torch.set_num_threads(threads)
     if device == "cuda":  # where the sizes' kernels were compiled and tuned before
         x, y = points(n, d, device)
-        sinkhorn_gan.triton_loop.cache_clear()  # what is kept for the next evaluation counts
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -508,8 +473,8 @@ def measure(loss: str, forms: list[str], n: int, d: int, args: Args, threads: in
     settings = {form: settled(form, x, y, exact) for form in forms}
     able = [form for form in forms if not isinstance(settings[form], str)]
     memory = {form: extra_memory(form, n, d, args.device, threads, *settings[form]) for form in able}
-    floors = {form: floor(form, x, y, *settings[form]) for form in able if form in OURS}
-    for form in list(floors) * 2 if cuda else []:  # the second time the Sinkhorn loss records a graph
+    floors = {"mmd2": floor(x)} if "mmd2" in able else {}
+    for form in list(floors) if cuda else []:
         time_once(form, x, y, *settings[form])
     least = 3 if exact or alone else 1
     times = {form: [] for form in forms}

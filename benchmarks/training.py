@@ -324,9 +324,8 @@ def copied_mmd_gan(script: ModuleType, args, device: str) -> Iterator[dict[str, 
 def copied_sinkhorn_gan(script: ModuleType, args, device: str) -> Iterator[dict[str, float]]:
     """The repulsive critic, and the Sinkhorn divergence."""
     losses = [functools.partial(f, epsilon=args.epsilon) for f in (repulsive_sinkhorn_loss, sinkhorn_loss)]
-    generator = script.make_generator(args.latent_dim, args.channels, False)
-    critic = script.make_critic(args.feature_dim, args.channels, False, args.spectral_norm, 1.0)
-    return copied_feature_gan((generator, critic), args, device, args.beta1, losses)
+    networks = script.make_generator(args.latent_dim), script.make_critic(False, args.spectral_norm)
+    return copied_feature_gan(networks, args, device, 0.5, losses)
 
 
 class Replay:
@@ -440,7 +439,7 @@ def watch_training(name: Script, settings, before_step: Callable[[int], None]) -
                 yield step
 
         watching = patch.multiple(script.Run, steps=watched, quiet=True)
-    else:  # wgan_gp and mmd_gan have no more than a progress bar around their steps
+    else:  # wgan_gp, mmd_gan and sinkhorn_gan have no more than a progress bar around their steps
 
         def bar(steps: range, **options) -> Iterator[int]:
             for step in steps:

@@ -87,32 +87,21 @@ def test_a_row_of_each_form(monkeypatch):
         assert [row[2] for row in rows] == forms and {len(row) for row in rows} == {len(losses.WIDTHS)}
         base = rows[0]
         assert base[6] == "1.0" and all(float(row[4]) > 0 for row in rows)
-        assert [row[7] != "-" for row in rows] == [form in losses.OURS for form in forms]
+        assert [row[7] != "-" for row in rows] == [form == "mmd2" for form in forms]
         assert all(float(row[7]) > 0 for row in rows if row[7] != "-")
 
 
 def test_operations_by_hand():
     # The points 0 and 1: three pairs, of which one has two orders; five bandwidths.
     assert losses.mmd_operations(1, 1) == 3 * (2 + 5 * 4) + 4 * 2
-    # Four pairs, d = 3; half-steps 1 + 2 + 2 * 4, whose sums take two operations a pair; four gradients.
-    sums, gradients = 11 * 2, 4 * 6
-    for road, kernels in (("dense", 3), ("blocked", 7 + 3), ("triton", 11 + 4)):
-        expected = 4 * (kernels * (6 + 1) + sums + gradients)
-        assert losses.sinkhorn_operations(2, 3, [1, 2, 4], road) == expected
 
 
 def test_floor_is_the_larger_of_bytes_and_operations(monkeypatch):
-    (x, y), setting = losses.points(16, 8, "cpu"), (0.5, 1e-2)
-    counts = losses.solver_iterations(x, y, *setting)
-    for count, v in zip(counts, (x, y)):
-        info = sinkhorn_gan.sinkhorn_potentials(v, v, 0.5, tol=1e-3, return_info=True)[2]
-        assert count == info["iterations"]
-    operations = losses.sinkhorn_operations(16, 8, counts, "dense")
+    x, _ = losses.points(16, 8, "cpu")
     monkeypatch.setattr(losses, "rates", lambda device: (math.inf, 1e3))
-    assert losses.floor("sinkhorn_divergence", x, y, *setting) == pytest.approx(operations)
-    assert losses.floor("mmd2", x, y) == pytest.approx(losses.mmd_operations(16, 8))
+    assert losses.floor(x) == pytest.approx(losses.mmd_operations(16, 8))
     monkeypatch.setattr(losses, "rates", lambda device: (1e3, math.inf))
-    assert losses.floor("mmd2", x, y) == pytest.approx(4 * 16 * 8 * 4)
+    assert losses.floor(x) == pytest.approx(4 * 16 * 8 * 4)
 
 
 def row(form, n, d, ms, extra="-"):

@@ -7,17 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+import gmgan_mnist
 import mmd_gan
 import sinkhorn_gan
-from sinkhorn_gan import (
-    average,
-    load_images,
-    load_toy,
-    toy_modes,
-)
+from gmgan_mnist import average
+from mmd_gan import load_images
 
 # The first edition's definitions, and the second's
-EDITIONS = pytest.mark.parametrize("script", [sinkhorn_gan, mmd_gan], ids=["first", "second"])
+EDITIONS = pytest.mark.parametrize("script", [gmgan_mnist, mmd_gan], ids=["first", "second"])
 
 
 def points(n, d, seed=0):
@@ -132,12 +129,12 @@ def test_image_metrics_of_class_shares():
     labels = torch.arange(100) % 10
     fake, real = images.clone(), images.clone()
     fake[:, 0, 0] = torch.arange(100) % 5  # only half of the classes
-    metrics = sinkhorn_gan.image_metrics(judge, fake, real, labels)
+    metrics = gmgan_mnist.image_metrics(judge, fake, real, labels)
     assert metrics["class_shares"] == [0.2] * 5 + [0.0] * 5
     assert metrics["class_kl"] == pytest.approx(math.log(2))
     assert {"fid", "precision", "recall"} < metrics.keys()
     fake[:, 0, 0] = real[:, 0, 0] = labels.to(torch.uint8)
-    same = sinkhorn_gan.image_metrics(judge, sinkhorn_gan.to_float(fake), real, labels)
+    same = gmgan_mnist.image_metrics(judge, gmgan_mnist.to_float(fake), real, labels)
     assert same["class_kl"] == pytest.approx(0, abs=1e-12) and same["precision"] == 1
     assert same["fid"] == pytest.approx(0, abs=1e-4)
 
@@ -145,41 +142,61 @@ def test_image_metrics_of_class_shares():
 def test_judge_is_reproducible_and_leaves_the_random_state_alone():
     images, labels, _, _ = load_images("digits", "", "test")
     state = torch.get_rng_state()
-    first, second = (sinkhorn_gan.train_judge(images[:500], labels[:500], epochs=2) for _ in range(2))
+    first, second = (gmgan_mnist.train_judge(images[:500], labels[:500], epochs=2) for _ in range(2))
     assert torch.equal(state, torch.get_rng_state())
     for a, b in zip(first.state_dict().values(), second.state_dict().values()):
         assert torch.equal(a, b)
-    features, logits = sinkhorn_gan.judge_images(first, images[500:])
+    features, logits = gmgan_mnist.judge_images(first, images[500:])
     assert features.shape == (937, 128) and not first.training
     assert (logits.argmax(1) == labels[500:]).float().mean() > 0.8
 
 
 def test_judge_is_kept_and_a_damaged_one_is_made_again(tmp_path, capsys):
     images, labels, _, _ = load_images("digits", "", "test")
-    args = sinkhorn_gan.Args(dataset="digits", run_dir=str(tmp_path))
-    _, first = sinkhorn_gan.load_judge(args, images[:300], labels[:300])
+    args = gmgan_mnist.Args(dataset="digits", run_dir=str(tmp_path))
+    _, first = gmgan_mnist.load_judge(args, images[:300], labels[:300])
     assert "training the judge" in capsys.readouterr().out
-    _, again = sinkhorn_gan.load_judge(args, images[:300], labels[:300])
+    _, again = gmgan_mnist.load_judge(args, images[:300], labels[:300])
     assert again == first and capsys.readouterr().out == ""
     (path,) = tmp_path.glob("judge__digits__*.pt")
     path.write_bytes(path.read_bytes()[:1000])
-    _, again = sinkhorn_gan.load_judge(args, images[:300], labels[:300])
+    _, again = gmgan_mnist.load_judge(args, images[:300], labels[:300])
     assert again == first and "training the judge" in capsys.readouterr().out
-    _, other = sinkhorn_gan.load_judge(args, images[300:600], labels[300:600])
+    _, other = gmgan_mnist.load_judge(args, images[300:600], labels[300:600])
     assert other != first and len(list(tmp_path.glob("judge__*.pt"))) == 2
 
 
 # Toys
 
 
+def toy_points(dataset: str) -> torch.Tensor:
+    """The training points of a toy."""
+    return mmd_gan.load_data(mmd_gan.Args(dataset=dataset, device="cpu"))[0]
+
+
+@pytest.mark.parametrize("count", [8, 100, 512])
+def test_strata_and_sobol_latents_are_even(count):
+    """A point of each cell, and Gaussian latents, whose mean and spread hardly vary."""
+    points = sinkhorn_gan.kd_order(torch.randn(8200, 2, generator=torch.Generator().manual_seed(0)))
+    assert len(points) == 8192 and len(points.unique(dim=0)) == len(points)
+    torch.manual_seed(0)
+    means = torch.stack([sinkhorn_gan.draw_strata(points, count).mean(0) for _ in range(50)])
+    assert means.std(0).max() < 0.7 * count**-0.5
+    sobol = torch.quasirandom.SobolEngine(2, scramble=True, seed=1).draw(count)
+    latents = torch.stack([sinkhorn_gan.draw_sobol(sobol) for _ in range(50)])
+    assert latents.shape == (50, count, 2) and latents.isfinite().all()
+    assert latents.mean(1).std(0).max() < 0.7 * count**-0.5
+    assert abs(latents.std() - 1) < 0.1
+
+
 @pytest.mark.parametrize("dataset, k, std", [("ring", 8, 0.01), ("grid", 25, 0.05)])
-@EDITIONS
-def test_toy_metrics(script, dataset, k, std):
+def test_toy_metrics(dataset, k, std):
+    script = mmd_gan
     modes, given = script.toy_modes(dataset)
     assert modes.shape == (k, 2) and given == std
     one = script.toy_metrics(modes[3].expand(500, 2), modes, std)
     assert one == {"modes": 1, "high_quality": 1.0, "mode_kl": pytest.approx(math.log(k), rel=1e-6)}
-    real = script.toy_metrics(load_toy(dataset, 50_000), modes, std)
+    real = script.toy_metrics(toy_points(dataset)[:50_000], modes, std)
     # 3 std of a 2-D Gaussian hold 1 - exp(-9/2) of it
     assert real["modes"] == k and real["high_quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.003)
     assert 0 <= real["mode_kl"] < 1e-3
@@ -190,9 +207,8 @@ def test_toy_metrics(script, dataset, k, std):
     assert off["modes"] == 0 and off["high_quality"] == 0
 
 
-@EDITIONS
-def test_toy_modes_are_those_of_the_papers(script):
-    ring, grid = script.toy_modes("ring")[0], script.toy_modes("grid")[0]
+def test_toy_modes_are_those_of_the_papers():
+    ring, grid = mmd_gan.toy_modes("ring")[0], mmd_gan.toy_modes("grid")[0]
     torch.testing.assert_close(ring.norm(dim=1), torch.ones(8))
     torch.testing.assert_close(
         (ring - ring.roll(1, 0)).norm(dim=1), torch.full((8,), 2 * math.sin(math.pi / 8))
@@ -201,10 +217,10 @@ def test_toy_modes_are_those_of_the_papers(script):
 
 
 @pytest.mark.parametrize("dataset", ["ring", "grid"])
-def test_load_toy_has_the_moments_of_its_modes(dataset):
-    modes, std = toy_modes(dataset)
-    samples = load_toy(dataset)
-    assert torch.equal(samples, load_toy(dataset)) and samples.shape == (100_000, 2)
+def test_toys_have_the_moments_of_its_modes(dataset):
+    modes, std = mmd_gan.toy_modes(dataset)
+    samples = toy_points(dataset)
+    assert torch.equal(samples, toy_points(dataset)) and samples.shape == (100_000, 2)
     distance = torch.cdist(samples, modes)
     nearest = distance.argmin(1)
     shares = nearest.bincount(minlength=len(modes)) / len(samples)
@@ -270,6 +286,5 @@ def test_idx_files_are_read_as_they_were_written(tiny_mnist):
 
 def test_batches_and_scales():
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1).expand(2, 28, 28)
-    batch = sinkhorn_gan.draw_batch(images, 50)
+    batch = gmgan_mnist.draw_batch(images, 50)
     assert batch.shape == (50, 1, 28, 28) and set(batch.unique().tolist()) == {-1.0, 1.0}
-    assert sinkhorn_gan.draw_batch(load_toy("ring", 10), 20).shape == (20, 2)

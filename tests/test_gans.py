@@ -1,4 +1,4 @@
-"""mmd_gan.py and wgan_gp.py from end to end: data sets and options, what runs leave, stop and resume."""
+"""The second edition's GANs from end to end: data sets and options, what runs leave, stop and resume."""
 
 import json
 import math
@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 
 import mmd_gan
+import sinkhorn_gan
 import wgan_gp
 
 TINY = {"num_steps": 4, "batch_size": 8, "latent_dim": 4, "device": "cpu"}
 TINY |= {"log_every": 1, "eval_every": 3, "num_eval_samples": 60}
 FILES = ["checkpoint.pt", "curves.png", "metrics.jsonl", "results.json", "samples.png"]
-SCRIPTS = {"mmd_gan": mmd_gan, "wgan_gp": wgan_gp}
-BOTH = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+SCRIPTS = {"mmd_gan": mmd_gan, "sinkhorn_gan": sinkhorn_gan, "wgan_gp": wgan_gp}
+ALL = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 
 
 @pytest.fixture
@@ -110,6 +111,11 @@ CASES = [
     (wgan_gp, {"lipschitz": "clip", "critic_steps": 2}),
     (wgan_gp, {"dataset": "grid", "lipschitz": "clip", "torch_deterministic": False}),
     (wgan_gp, {"penalty_weight": 0.0, "eval_split": "validation"}),
+    *((sinkhorn_gan, {"dataset": name}) for name in ("mnist", "digits", "ring", "grid")),
+    (sinkhorn_gan, {"critic": "fixed", "eval_split": "validation"}),
+    (sinkhorn_gan, {"critic": "fixed", "loss": "sinkhorn", "unroll": True, "max_iterations": 5}),
+    (sinkhorn_gan, {"loss": "minibatch-energy", "repulsive": False, "spectral_norm": False}),
+    (sinkhorn_gan, {"dataset": "ring", "critic": "learned", "cost": "cosine", "stratified": False}),
 ]
 
 
@@ -129,7 +135,10 @@ def test_a_run(script, options, tiny, capsys):
     evaluated = [row for row in lines if measures < row.keys()]
     assert [row["step"] for row in evaluated] == [3, 4]
     trained = [row for row in lines if row not in evaluated]
-    learned = script is wgan_gp or tiny(script, **options).encoder == "learned"
+    args = tiny(script, **options)
+    learned = (
+        "learned" in (getattr(args, "encoder", None), getattr(args, "critic", None)) or script is wgan_gp
+    )
     assert all(("loss_c" in row) == learned for row in trained)
     assert all(math.isfinite(value) for row in trained for value in row.values())
     final = results(folder)
@@ -141,14 +150,14 @@ def test_a_run(script, options, tiny, capsys):
     assert str(folder) in capsys.readouterr().out
 
 
-@BOTH
+@ALL
 def test_without_evaluation_no_classifier_is_trained(script, tiny, tmp_path):
     folder = script.train(tiny(script, num_eval_samples=0, run_dir=tmp_path))
     assert_complete(folder, [3, 4])
     assert [path for path in tmp_path.iterdir() if path != folder] == []
 
 
-@BOTH
+@ALL
 def test_same_seed_same_run(script, tiny, finished):
     first, second, other = finished(script), script.train(tiny(script)), script.train(tiny(script, seed=2))
     assert rows(first) == rows(second) != rows(other)
@@ -161,9 +170,10 @@ def test_same_seed_same_run(script, tiny, finished):
 
 
 LEARNING = [(mmd_gan, {"encoder": "none"}), (mmd_gan, {"encoder": "learned"}), (wgan_gp, {})]
+LEARNING += [(sinkhorn_gan, {})]
 
 
-@pytest.mark.parametrize("script, options", LEARNING, ids=["mmd-none", "mmd-learned", "wgan"])
+@pytest.mark.parametrize("script, options", LEARNING, ids=["mmd-none", "mmd-learned", "wgan", "sinkhorn"])
 def test_training_learns(script, options, tiny):
     """Seconds on the ring bring the samples much nearer to it than a generator's first ones are."""
     options = {"dataset": "ring", "batch_size": 128, "num_steps": 250, "log_every": 100, **options}
@@ -184,7 +194,7 @@ def test_training_learns(script, options, tiny):
     assert distances[1] < 0.3 * distances[0]
 
 
-@BOTH
+@ALL
 def test_networks(script):
     """Their shapes, and as many images of a generator as latents."""
     generator = script.make_generator(5)
@@ -236,11 +246,25 @@ RESUMED = [
     (mmd_gan, {"spectral_norm": False, "loss": "attractive", "penalty_weight": 1.0}, 7),
     (wgan_gp, {}, 8),
     (wgan_gp, {"dataset": "grid", "lipschitz": "clip", "critic_steps": 2}, 11),
+    (sinkhorn_gan, {}, 8),
+    (sinkhorn_gan, {"dataset": "ring"}, 4),
+    (sinkhorn_gan, {"critic_every": 3}, 6),
 ]
 
 
 @pytest.mark.parametrize(
-    "script, options, update", RESUMED, ids=["mmd", "mmd-ring", "mmd-penalty", "wgan", "wgan-clip"]
+    "script, options, update",
+    RESUMED,
+    ids=[
+        "mmd",
+        "mmd-ring",
+        "mmd-penalty",
+        "wgan",
+        "wgan-clip",
+        "sinkhorn",
+        "sinkhorn-ring",
+        "sinkhorn-every",
+    ],
 )
 def test_resume_is_bit_for_bit(script, options, update, tiny, monkeypatch, capsys):
     """A run stopped in its 4th of 8 steps and resumed has the losses and weights of one that was not."""
@@ -263,7 +287,7 @@ def test_resume_is_bit_for_bit(script, options, update, tiny, monkeypatch, capsy
     assert {**results(folder), "args": 0, "seconds": 0} == {**results(straight), "args": 0, "seconds": 0}
 
 
-@BOTH
+@ALL
 def test_resume_cuts_what_came_after_the_checkpoint(script, tiny, monkeypatch):
     """A run that died while it wrote its checkpoint of step 5 has the line of that step once."""
     straight = script.train(tiny(script, num_steps=6))
@@ -284,7 +308,7 @@ def test_resume_cuts_what_came_after_the_checkpoint(script, tiny, monkeypatch):
     assert rows(folder) == rows(straight)
 
 
-@BOTH
+@ALL
 def test_more_steps_for_a_finished_run(script, finished):
     folder = finished(script)
     assert script.train(script.Args(resume=folder, num_steps=7, device="cpu")) == folder
@@ -293,7 +317,7 @@ def test_more_steps_for_a_finished_run(script, finished):
     assert_complete(folder, [3, 4, 6, 7])
 
 
-@BOTH
+@ALL
 def test_a_finished_run_is_evaluated_again(script, finished):
     """With the same result; its log has a second line for that, and no other."""
     folder = finished(script)
@@ -307,14 +331,14 @@ def test_a_finished_run_is_evaluated_again(script, finished):
     assert results(folder)["fid"] != before["fid"]
 
 
-@BOTH
+@ALL
 def test_another_seed_does_not_change_a_resumed_run(script, finished):
     """Options that were not given are the run's, whatever the class has."""
     args = script.Args(resume=finished(script))
     assert args.batch_size == 8 and args.num_steps == 4 and args.eval_every == 3 and args.seed == 1
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_a_command(script, number, tmp_path, start_cli, run_cli):
     """Exit code 130 or 143, and the command that it prints goes on, whatever is in the path."""
@@ -344,7 +368,7 @@ def test_signals_end_a_command(script, number, tmp_path, start_cli, run_cli):
 # Samples of a run
 
 
-@BOTH
+@ALL
 def test_generate_images(script, finished):
     """The pictures that training drew; one file more, and no other changed."""
     folder = finished(script)
@@ -364,7 +388,7 @@ def test_generate_images(script, finished):
     assert sorted((path.name, path.read_bytes()) for path in folder.iterdir()) == before
 
 
-@BOTH
+@ALL
 def test_generate_points(script, finished):
     folder = finished(script, dataset="ring")
     out = script.train(script.Args(resume=folder, generate=1001, device="cpu"))
@@ -372,7 +396,7 @@ def test_generate_points(script, finished):
     assert points.shape == (1001, 2) and np.isfinite(points).all() and points.std(0).min() > 0
 
 
-@BOTH
+@ALL
 def test_generate_needs_a_run(script):
     with pytest.raises(script.UserError, match="--resume"):
         script.Args(generate=3)

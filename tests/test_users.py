@@ -1,4 +1,4 @@
-"""What users do with mmd_gan.py and wgan_gp.py: as a library, as commands, and by mistake."""
+"""What users do with the second edition's GANs: as a library, as commands, and by mistake."""
 
 import json
 import math
@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_idx
-from test_gans import BOTH, TINY, assert_complete, load, results, rows, signal_at
+from test_gans import ALL, SCRIPTS, TINY, assert_complete, load, results, rows, signal_at
 
 import mmd_gan
+import sinkhorn_gan
 import wgan_gp
 
-RATE = {mmd_gan: "lr_generator", wgan_gp: "learning_rate"}
+RATE = {mmd_gan: "lr_generator", sinkhorn_gan: "lr_generator", wgan_gp: "learning_rate"}
 UNREACHABLE = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "all_proxy")}
 UNREACHABLE |= {name.upper(): value for name, value in UNREACHABLE.items()}
 UNREACHABLE |= {"no_proxy": None, "NO_PROXY": None}
@@ -43,7 +44,7 @@ def folders(args) -> list[Path]:
 # From Python
 
 
-@BOTH
+@ALL
 def test_train_in_another_thread(script, tiny):
     """Where no signal handler can be set."""
     done = []
@@ -53,7 +54,7 @@ def test_train_in_another_thread(script, tiny):
     assert_complete(done[0], [3, 4])
 
 
-@BOTH
+@ALL
 def test_three_runs_that_start_together(script, tiny):
     """Have folders of their own, under one name."""
     args, found = tiny(script, num_eval_samples=1), []
@@ -67,7 +68,7 @@ def test_three_runs_that_start_together(script, tiny):
         assert [row["step"] for row in rows(folder)] == [1, 2, 3, 3, 4, 4]
 
 
-@BOTH
+@ALL
 def test_paths_of_pathlib(script, tiny, tiny_mnist, tmp_path):
     """For every option that is a path; and what train returns can be resumed."""
     args = tiny(script, dataset="mnist", data_dir=Path(tiny_mnist), run_dir=tmp_path / "a" / "b", num_steps=2)
@@ -77,7 +78,7 @@ def test_paths_of_pathlib(script, tiny, tiny_mnist, tmp_path):
     assert results(folder)["args"]["run_dir"] == str(tmp_path / "a" / "b")
 
 
-@BOTH
+@ALL
 def test_home_is_expanded(script, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
@@ -88,7 +89,7 @@ def test_home_is_expanded(script, tiny, tmp_path, monkeypatch):
     assert script.Args(resume=short).resume == str(folder) == script.parse_args(["--resume", short]).resume
 
 
-@BOTH
+@ALL
 def test_the_hosts_command_line_is_not_looked_at(script, tiny, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["host", "--nonsense", "3"])
     folder = script.train(tiny(script))
@@ -112,7 +113,7 @@ def state_of_the_process() -> dict:
     }
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("end", ["returns", "raises", "stops"])
 def test_the_process_is_left_as_it_was(script, end, tiny, monkeypatch):
     torch.set_deterministic_debug_mode("default")
@@ -150,9 +151,7 @@ WRONG = [
     ({"batch_size": -5}, "batch_size.*-5"),
     ({"log_every": None}, "log_every.*None"),
     ({"num_eval_samples": -1}, "num_eval_samples.*-1"),
-    ({"penalty_weight": -1.0}, "penalty_weight.*-1.0"),
     ({"seed": np.int64(3)}, "seed.*int.*3"),
-    ({"penalty_weight": math.nan}, "penalty_weight.*nan"),
     ({"torch_deterministic": 1}, "torch_deterministic.*bool.*1"),
     ({"track": "yes"}, "track.*bool.*'yes'"),
     ({"run_dir": 3}, "run_dir.*str.*3"),
@@ -172,14 +171,23 @@ WRONG_MMD = [
     ({"bandwidths": "1"}, "bandwidths.*'1'"),
     ({"encoder": "none", "penalty_weight": 1.0}, "penalty-weight needs a critic"),
 ]
+WRONG_SINKHORN = [
+    ({"critic": "none"}, "critic.*'learned', 'fixed'.*'none'"),
+    ({"epsilon": 0.0}, "epsilon.*0.0"),
+    ({"tolerance": math.nan}, "tolerance.*nan"),
+    ({"batch_size": 9}, "even.*9"),
+    ({"unroll": True, "loss": "minibatch-energy"}, "unroll"),
+]
 WRONG_WGAN = [
+    ({"penalty_weight": -1.0}, "penalty_weight.*-1.0"),
     ({"lipschitz": "clipping"}, "lipschitz.*'penalty', 'clip'.*'clipping'"),
     ({"learning_rate": "fast"}, "learning_rate.*float.*'fast'"),
     ({"learning_rate": -1e-3}, "learning_rate.*-0.001"),
     ({"clip": math.nan}, "clip.*nan"),
     ({"critic_steps": 1.5}, "critic_steps.*int.*1.5"),
 ]
-WRONG = [(script, *case) for script in (mmd_gan, wgan_gp) for case in WRONG]
+WRONG = [(script, *case) for script in SCRIPTS.values() for case in WRONG]
+WRONG += [(sinkhorn_gan, *case) for case in WRONG_SINKHORN]
 WRONG += [(mmd_gan, *case) for case in WRONG_MMD] + [(wgan_gp, *case) for case in WRONG_WGAN]
 
 
@@ -191,17 +199,17 @@ def test_wrong_options(script, options, message):
         script.Args(**options)
 
 
-@BOTH
+@ALL
 def test_integers_for_floats(script):
-    args = script.Args(**{RATE[script]: 1, "penalty_weight": 0})
-    assert type(getattr(args, RATE[script])) is type(args.penalty_weight) is float
+    args = script.Args(**{RATE[script]: 1})
+    assert type(getattr(args, RATE[script])) is float
     json.dumps(vars(args))
 
 
-@BOTH
+@ALL
 def test_presets(script):
     """A data set's preset is there from Python too, and gives way to what is given."""
-    preset = script.PRESETS["grid"]
+    preset = script.PRESETS["dataset"]["grid"]
     for args in (script.Args(dataset="grid"), script.parse_args(["--dataset", "grid"])):
         assert {name: getattr(args, name) for name in preset} == preset
     default = script.Args().batch_size
@@ -213,7 +221,7 @@ def test_presets(script):
         assert args.batch_size == default and args.num_steps == preset["num_steps"]
 
 
-@BOTH
+@ALL
 def test_what_is_typed_wins_over_the_run(script, tiny):
     """Also where it is the class's default."""
     folder = str(script.train(tiny(script, num_eval_samples=1)))
@@ -228,7 +236,7 @@ def test_what_is_typed_wins_over_the_run(script, tiny):
     assert script.parse_args(["--resume", folder, "--no-torch-deterministic"]).torch_deterministic is False
 
 
-@BOTH
+@ALL
 def test_options_that_do_not_fit_the_run(script, tiny):
     """Another network than that of the checkpoint is refused by torch, and nothing is changed."""
     folder = script.train(tiny(script, num_eval_samples=1))
@@ -288,7 +296,7 @@ def wandb(monkeypatch):
     return fake
 
 
-@BOTH
+@ALL
 def test_tracked_runs(script, tiny, wandb, monkeypatch):
     """One that ends well, one that fails, one that is stopped, one that goes on."""
     args = tiny(script, track=True)
@@ -316,14 +324,14 @@ def test_tracked_runs(script, tiny, wandb, monkeypatch):
     assert wandb.ends == [None, RuntimeError, SystemExit, None]
 
 
-@BOTH
+@ALL
 def test_a_loss_that_is_not_finite_fails_the_tracked_run(script, tiny, wandb):
     with pytest.raises(script.UserError, match="not finite"):
         script.train(tiny(script, track=True, num_steps=6, **{RATE[script]: 1e30}))
     assert wandb.ends == [script.UserError]
 
 
-@BOTH
+@ALL
 def test_variables_of_wandb(script, tiny, wandb, monkeypatch):
     """Win over the defaults, and not over what is given."""
     monkeypatch.setenv("WANDB_PROJECT", "of the shell")
@@ -336,7 +344,7 @@ def test_variables_of_wandb(script, tiny, wandb, monkeypatch):
     assert [o["entity"] for o in wandb.inits] == [None, "us"]
 
 
-@BOTH
+@ALL
 def test_a_run_that_was_not_tracked_can_be_from_now_on(script, tiny, wandb):
     folder = script.train(tiny(script))
     script.train(script.Args(resume=folder, track=True, num_steps=5))
@@ -369,7 +377,7 @@ def own_images(folder: Path, train: int, test: int, size: int = 28, classes: int
     return folder
 
 
-@BOTH
+@ALL
 def test_images_of_ones_own(script, tiny, tmp_path):
     """Of which half of the classes is absent."""
     data = own_images(tmp_path, 50, 30, classes=5)
@@ -380,7 +388,7 @@ def test_images_of_ones_own(script, tiny, tmp_path):
     assert images.shape == (50, 28, 28) and len(others) == 30 and labels.max() == 4
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_very_few_samples(script, count, tiny):
     """Numbers, or null where there is none; never NaN in a JSON file."""
@@ -393,7 +401,7 @@ def test_very_few_samples(script, count, tiny):
     assert all(("fid" in row) == ("precision" in row) for row in rows(folder))
 
 
-@BOTH
+@ALL
 def test_fewer_than_ten_images_to_compare_with(script, tiny, tmp_path):
     data = own_images(tmp_path, 30, 4, classes=3)
     folder = script.train(tiny(script, dataset="mnist", data_dir=data, run_dir=tmp_path / "runs"))
@@ -401,7 +409,7 @@ def test_fewer_than_ten_images_to_compare_with(script, tiny, tmp_path):
     assert all(math.isfinite(results(folder)[name]) for name in ("fid", "precision", "recall"))
 
 
-@BOTH
+@ALL
 def test_images_of_another_size(script, tiny, tmp_path):
     """Are refused, with the size that is needed, and nobody is told to throw files away."""
     data = own_images(tmp_path, 20, 10, size=32)
@@ -414,7 +422,7 @@ def test_images_of_another_size(script, tiny, tmp_path):
 # Metrics of almost nothing
 
 
-@BOTH
+@ALL
 def test_metrics_of_almost_nothing(script):
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     assert script.frechet_distance(x[:1], x) is script.frechet_distance(x, x[:1]) is None
@@ -428,7 +436,7 @@ def test_metrics_of_almost_nothing(script):
 # Files that cannot be written
 
 
-@BOTH
+@ALL
 def test_a_file_that_is_open_elsewhere(script, tiny, monkeypatch, capsys):
     """A warning; the new one is kept beside it, and the run goes on."""
     replace, waits = os.replace, []
@@ -447,7 +455,7 @@ def test_a_file_that_is_open_elsewhere(script, tiny, monkeypatch, capsys):
     assert beside.read_bytes() == (folder / "samples_000004.png").read_bytes()
 
 
-@BOTH
+@ALL
 def test_replace_file(script, tmp_path):
     """What is half written is not there; folders are made."""
     path = tmp_path / "a" / "b.txt"
@@ -466,7 +474,7 @@ def test_replace_file(script, tmp_path):
 # Runs that go wrong
 
 
-@BOTH
+@ALL
 def test_a_loss_that_is_not_finite(script, tiny):
     """Ends the run, and the last finite checkpoint stays."""
     folder = script.train(tiny(script, dataset="mnist", num_steps=2, num_eval_samples=0))
@@ -480,7 +488,7 @@ def test_a_loss_that_is_not_finite(script, tiny):
     rows(folder)
 
 
-@BOTH
+@ALL
 def test_weights_that_are_not_finite(script, tiny):
     """Are not saved, though no loss was looked at since."""
     folder = script.train(tiny(script, dataset="mnist", num_steps=2, num_eval_samples=0))
@@ -499,14 +507,14 @@ def one_line(result, *texts: str) -> None:
     assert all(text in lines[0] for text in texts), lines[0]
 
 
-@BOTH
+@ALL
 def test_no_data_and_no_network(script, run_cli, tmp_path):
     result = run_cli("--device", "cpu", env=UNREACHABLE, script=f"{script.SCRIPT}.py")
     one_line(result, "mnist", "--dataset digits", "--data-dir")
     assert not (tmp_path / "runs").exists()
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("device", ["cuda:77", "nonsense"])
 def test_a_device_that_is_not_there(script, device, tiny, tmp_path):
     """Is torch's own error, before there is a run folder."""
@@ -515,10 +523,10 @@ def test_a_device_that_is_not_there(script, device, tiny, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@BOTH
+@ALL
 def test_checkpoints_that_cannot_be_used(script, tmp_path, run_cli):
     """Missing, damaged, of something else or of the other script; and nothing in one is run."""
-    name, other = f"{script.SCRIPT}.py", {mmd_gan: wgan_gp, wgan_gp: mmd_gan}[script].SCRIPT
+    name, other = f"{script.SCRIPT}.py", next(s for s in SCRIPTS if s != script.SCRIPT)
     path = tmp_path / "run" / "checkpoint.pt"
     with pytest.raises(script.UserError, match=r"checkpoint\.pt"):
         script.Args(resume=tmp_path / "run")
@@ -550,7 +558,7 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize(
     "options, texts",
     [
