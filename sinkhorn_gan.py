@@ -88,7 +88,7 @@ class Args:
     generate: int = 0  # instead of training, draw so many samples of the run --resume, into its generated/
     log_every: int = 100  # steps between lines of metrics.jsonl, each with a checkpoint
     eval_every: int = 2800  # steps between evaluations, each with a picture
-    num_eval_samples: int = 10_000  # samples drawn for an evaluation; 0: none
+    num_eval_samples: int = 10_000  # samples drawn for an evaluation; 0: none of images
     num_steps: int = 14_000  # updates of the generator
     batch_size: int = 64  # samples in a batch
     latent_dim: int = 32  # size of the generator's Gaussian input
@@ -193,8 +193,7 @@ def toy_modes(dataset: str) -> tuple[Tensor, float]:
     if dataset == "ring":
         angle = torch.arange(8) * (math.pi / 4)
         return torch.stack((angle.cos(), angle.sin()), 1), 0.01
-    axis = torch.arange(-4.0, 5.0, 2.0)
-    return torch.cartesian_prod(axis, axis), 0.05
+    return torch.cartesian_prod(*[torch.arange(-4.0, 5.0, 2.0)] * 2), 0.05
 
 
 def to_float(batch: Tensor) -> Tensor:
@@ -203,7 +202,7 @@ def to_float(batch: Tensor) -> Tensor:
 
 
 def kd_order(points: Tensor) -> Tensor:
-    """Return points (n, 2) in the order of a k-d tree's leaves, where neighbours are near, but for a few."""
+    """Return points (n, 2) in the order of a k-d tree's leaves, near ones side by side; a few are lost."""
     cells, axis = points[None], 0
     while cells.shape[1] > 8:
         cells = cells[:, : cells.shape[1] // 2 * 2]
@@ -264,7 +263,7 @@ def image_metrics(samples: Tensor, real: Tensor, classifier: nn.Sequential) -> d
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float | None:
-    """Return the Fréchet distance of features (n, d) and (m, d) (Heusel et al. 2017, eq. 6); None for one."""
+    """Return the Fréchet distance of features (n, d) and (m, d) (Heusel et al. 2017, eq. 6), or None."""
     x, y = x.cpu().double(), y.cpu().double()
     if min(len(x), len(y)) < 2 or not (x.isfinite().all() and y.isfinite().all()):
         return None
@@ -280,7 +279,9 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> list[float | Non
     shares = []
     for points, others in ((fake, real), (real, fake)):
         # Near is within the distance of the other's k-th neighbour in its own set.
-        reach = torch.cat([torch.cdist(b, others).kthvalue(k + 1).values for b in others.split(1000)])
+        reach = torch.cat(
+            [torch.cdist(b, others).topk(k + 1, largest=False).values[:, -1] for b in others.split(1000)]
+        )
         near = torch.cat([(torch.cdist(b, others) <= reach).any(1) for b in points.split(1000)])
         shares.append(near.float().mean().item())
     return shares
@@ -340,10 +341,10 @@ def save_curves(folder: Path) -> None:
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     names = sorted({name for row in rows for name in row} - {"step", "class_shares"})
-    figure = Figure(figsize=(5, 3 * len(names) + 1), layout="tight")
+    figure = Figure(figsize=(12, len(names) + 2), layout="tight")
     for place, name in enumerate(names, 1):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        figure.add_subplot(len(names), 1, place, title=name).plot(*zip(*points), marker=".")
+        figure.add_subplot(-(-len(names) // 3), 3, place, title=name).plot(*zip(*points), marker=".")
     replace_file(folder / "curves.png", figure.savefig)
 
 
@@ -394,8 +395,6 @@ def make_critic(toy: bool, spectral_norm: bool) -> nn.Sequential:
         for layer in network:
             if hasattr(layer, "weight"):
                 nn.utils.parametrizations.spectral_norm(layer)
-        # The norms bound the features' distances by those of the images: too close for the kernel to tell.
-        network[-1].register_forward_hook(lambda layer, inputs, output: 4 * output)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -570,7 +569,9 @@ class GivenGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         if torch.is_grad_enabled():  # create_graph=True: they would be missing without a word
-            raise RuntimeError("no second derivatives here: take unroll=True for them")
+            raise RuntimeError(
+                "no second derivatives: ot_cost and sinkhorn_divergence have them with unroll=True"
+            )
         return None, None, None, *(g[:, None, None] * grad for grad in ctx.saved_tensors)
 
 
@@ -731,7 +732,7 @@ def extrapolate(p: Tensor, plain: Tensor, b: Tensor) -> Tensor:
     diagonal = gram.diagonal(dim1=1, dim2=2)
     diagonal += 1e-5 * diagonal.amax(1, keepdim=True) + 1e-30  # differences are nearly parallel at the end
     target = torch.einsum("kbm,bm,bm->bk", d_residual, residual[-1], b)
-    return plain[-1] - torch.einsum("bk,kbm->bm", torch.linalg.solve(gram, target), d_plain)
+    return plain[-1] - torch.einsum("bk,kbm->bm", torch.linalg.solve_ex(gram, target).result, d_plain)
 
 
 class GibbsKernel:
@@ -858,7 +859,7 @@ def sinkhorn_kernel():
                 dot = tl.dot(a, tl.trans(b), dot, input_precision="tf32x3")
                 a2 += tl.sum(a * a, 1)
                 b2 += tl.sum(b * b, 1)
-            t = tl.maximum(a2[:, None] + b2[None, :] - 2 * dot, 0.0)
+            t = tl.maximum(a2[:, None] + b2[None, :] - 2 * dot, 0.0, tl.PropagateNan.ALL)
             if SAME:
                 t = tl.where(rows[:, None] == cols[None, :], 0.0, t)
             exponent = tl.load(shift + problem * m + cols, cols < m, -float("inf"))[None, :] - half_scale * t
@@ -903,7 +904,7 @@ def train(args: Args) -> Path:
     """
     toy, device = args.dataset in ("ring", "grid"), torch.device(args.device)
     with ExitStack() as stack:  # puts back what a run changes in the process
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
         stack.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
         torch.set_deterministic_debug_mode("warn" if args.torch_deterministic else "default")
         stack.enter_context(warnings.catch_warnings())
@@ -911,6 +912,8 @@ def train(args: Args) -> Path:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without, cuBLAS is not deterministic
         # torchrun starts several processes: each has a part of every batch, and the first one writes
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if args.batch_size % (2 * world_size):
+            raise UserError(f"batch_size must be a multiple of {2 * world_size}, twice the processes")
         batch_size = args.batch_size // world_size
         if world_size > 1:
             if device.type == "cuda":
@@ -985,7 +988,8 @@ def train(args: Args) -> Path:
             folder.mkdir(parents=True, exist_ok=args.resume is not None)
             log_file = folder / "metrics.jsonl"
             lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
-            log_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            replace_file(log_file, lambda path: path.write_text("".join(kept)))
         wandb_run = None
         if rank == 0 and args.track:
             import wandb
@@ -993,12 +997,13 @@ def train(args: Args) -> Path:
             project = args.wandb_project_name or os.environ.get("WANDB_PROJECT", "minimal-gans")
             names = {"entity": args.wandb_entity, "name": os.environ.get("WANDB_NAME", folder.name)}
             options = {"id": run_id, "resume": "allow", "config": vars(args), "dir": args.run_dir}
-            wandb_run = stack.enter_context(wandb.init(project=project, **names, **options))
-            run_id = wandb_run.id  # the stack ends the run, as failed after an error
+            wandb_run = wandb.init(project=project, **names, **options)
+            stack.push(lambda kind, error, trace: wandb_run.finish(exit_code=int(kind is not None)))
+            run_id = wandb_run.id
 
         def log(row: dict) -> None:
             with log_file.open("a") as file:
-                file.write(json.dumps({"step": step} | row) + "\n")
+                file.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
             if wandb_run:
                 wandb_run.log(row, step=step)
 
@@ -1018,7 +1023,6 @@ def train(args: Args) -> Path:
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.signal(number, lambda number, frame: signals.append(number))
                 stack.callback(signal.signal, number, before)
-
         logged, clock = step, time.perf_counter()
         steps = tqdm(range(step + 1, args.num_steps + 1), desc=SCRIPT, disable=True if rank else None)
         for step in steps:
@@ -1027,7 +1031,7 @@ def train(args: Args) -> Path:
 
             # The critic drives real and fake features apart.
             loss_c = None
-            if args.critic == "learned" and (step - 1) % args.critic_every == 0:
+            if args.critic == "learned" and step % args.critic_every == 0:
                 with torch.no_grad():
                     fake = generator(draw_latents())
                 h_real, h_fake = (gather(h) for h in critic(torch.cat((draw_real(), fake))).chunk(2))
@@ -1056,21 +1060,22 @@ def train(args: Args) -> Path:
             if world_size > 1:
                 dist.all_reduce(stop)
             last = bool(stop) or step == args.num_steps
-            if rank == 0 and (last or step % args.log_every == 0 or step % args.eval_every == 0):
-                if not all(p.isfinite().all() for p in averaged.parameters()):
-                    raise UserError(f"weights are not finite at step {step}: lower the learning rate")
+            due = last or step % args.log_every == 0 or step % args.eval_every == 0
+            if due and not all(p.isfinite().all() for p in (loss_g, *averaged.parameters())):
+                raise UserError(f"loss or weights are not finite at step {step}: lower the learning rate")
+            if due and rank == 0:
                 elapsed = time.perf_counter() - clock
                 seconds += elapsed
                 row = {"loss_g": loss_g.item()}
                 if loss_c is not None:
                     row["loss_c"] = loss_c.item()
                 log(row | {"steps_per_second": (step - logged) / elapsed})
+                if step % args.eval_every == 0 and step < args.num_steps:
+                    evaluate()
                 checkpoint = {name: part.state_dict() for name, part in parts.items()}
                 checkpoint |= {"script": SCRIPT, "args": vars(args), "progress": (step, seconds, run_id)}
                 checkpoint |= {"rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state_all()}
                 replace_file(folder / "checkpoint.pt", partial(torch.save, checkpoint))
-                if step % args.eval_every == 0 and not last:
-                    evaluate()
                 logged, clock = step, time.perf_counter()
             if last:
                 break

@@ -73,7 +73,7 @@ class Args:
     generate: int = 0  # instead of training, draw so many samples of the run --resume, into its generated/
     log_every: int = 100  # steps between lines of metrics.jsonl, each with a checkpoint
     eval_every: int = 1400  # steps between evaluations, each with a picture
-    num_eval_samples: int = 10_000  # samples drawn for an evaluation; 0: none
+    num_eval_samples: int = 10_000  # samples drawn for an evaluation; 0: none of images
     num_steps: int = 7000  # updates of the generator
     batch_size: int = 64  # samples in a batch
     latent_dim: int = 32  # size of the generator's Gaussian input
@@ -165,8 +165,7 @@ def toy_modes(dataset: str) -> tuple[Tensor, float]:
     if dataset == "ring":
         angle = torch.arange(8) * (math.pi / 4)
         return torch.stack((angle.cos(), angle.sin()), 1), 0.01
-    axis = torch.arange(-4.0, 5.0, 2.0)
-    return torch.cartesian_prod(axis, axis), 0.05
+    return torch.cartesian_prod(*[torch.arange(-4.0, 5.0, 2.0)] * 2), 0.05
 
 
 def to_float(batch: Tensor) -> Tensor:
@@ -213,7 +212,7 @@ def image_metrics(samples: Tensor, real: Tensor, classifier: nn.Sequential) -> d
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float | None:
-    """Return the Fréchet distance of features (n, d) and (m, d) (Heusel et al. 2017, eq. 6); None for one."""
+    """Return the Fréchet distance of features (n, d) and (m, d) (Heusel et al. 2017, eq. 6), or None."""
     x, y = x.cpu().double(), y.cpu().double()
     if min(len(x), len(y)) < 2 or not (x.isfinite().all() and y.isfinite().all()):
         return None
@@ -229,7 +228,9 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> list[float | Non
     shares = []
     for points, others in ((fake, real), (real, fake)):
         # Near is within the distance of the other's k-th neighbour in its own set.
-        reach = torch.cat([torch.cdist(b, others).kthvalue(k + 1).values for b in others.split(1000)])
+        reach = torch.cat(
+            [torch.cdist(b, others).topk(k + 1, largest=False).values[:, -1] for b in others.split(1000)]
+        )
         near = torch.cat([(torch.cdist(b, others) <= reach).any(1) for b in points.split(1000)])
         shares.append(near.float().mean().item())
     return shares
@@ -289,10 +290,10 @@ def save_curves(folder: Path) -> None:
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     names = sorted({name for row in rows for name in row} - {"step", "class_shares"})
-    figure = Figure(figsize=(5, 3 * len(names) + 1), layout="tight")
+    figure = Figure(figsize=(12, len(names) + 2), layout="tight")
     for place, name in enumerate(names, 1):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        figure.add_subplot(len(names), 1, place, title=name).plot(*zip(*points), marker=".")
+        figure.add_subplot(-(-len(names) // 3), 3, place, title=name).plot(*zip(*points), marker=".")
     replace_file(folder / "curves.png", figure.savefig)
 
 
@@ -374,20 +375,18 @@ def train(args: Args) -> Path:
     """
     toy, device = args.dataset in ("ring", "grid"), torch.device(args.device)
     with ExitStack() as stack:  # puts back what a run changes in the process
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
         stack.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
         torch.set_deterministic_debug_mode("warn" if args.torch_deterministic else "default")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without, cuBLAS is not deterministic
         data, measure = load_data(args)
         torch.manual_seed(args.seed)
         generator = make_mlp(args.latent_dim, 2, nn.ReLU()) if toy else make_generator(args.latent_dim)
-        critic = make_mlp(2, 1, nn.LeakyReLU(0.2)) if toy else make_critic()
+        critic = (make_mlp(2, 1, nn.LeakyReLU(0.2)) if toy else make_critic()).to(device)
         generator.to(device)
-        critic.to(device)
         decay = min(0.999, 1 - 10 / max(10, args.num_steps))  # a short run has a short memory
         averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-        # No momentum: with it the two networks overshoot.
-        optimizer_g = torch.optim.Adam(generator.parameters(), betas=(0.0, 0.9), fused=True)
+        optimizer_g = torch.optim.Adam(generator.parameters(), betas=(0.0, 0.9), fused=True)  # no momentum
         optimizer_c = torch.optim.Adam(critic.parameters(), betas=(0.0, 0.9), fused=True)
         parts = {"generator": generator, "averaged": averaged, "critic": critic}
         parts |= {"optimizer_g": optimizer_g, "optimizer_c": optimizer_c}
@@ -410,7 +409,8 @@ def train(args: Args) -> Path:
         folder.mkdir(parents=True, exist_ok=args.resume is not None)
         log_file = folder / "metrics.jsonl"
         lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
-        log_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        replace_file(log_file, lambda path: path.write_text("".join(kept)))
         wandb_run = None
         if args.track:
             import wandb
@@ -418,12 +418,13 @@ def train(args: Args) -> Path:
             project = args.wandb_project_name or os.environ.get("WANDB_PROJECT", "minimal-gans")
             names = {"entity": args.wandb_entity, "name": os.environ.get("WANDB_NAME", folder.name)}
             options = {"id": run_id, "resume": "allow", "config": vars(args), "dir": args.run_dir}
-            wandb_run = stack.enter_context(wandb.init(project=project, **names, **options))
-            run_id = wandb_run.id  # the stack ends the run, as failed after an error
+            wandb_run = wandb.init(project=project, **names, **options)
+            stack.push(lambda kind, error, trace: wandb_run.finish(exit_code=int(kind is not None)))
+            run_id = wandb_run.id
 
         def log(row: dict) -> None:
             with log_file.open("a") as file:
-                file.write(json.dumps({"step": step} | row) + "\n")
+                file.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
             if wandb_run:
                 wandb_run.log(row, step=step)
 
@@ -443,7 +444,6 @@ def train(args: Args) -> Path:
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.signal(number, lambda number, frame: signals.append(number))
                 stack.callback(signal.signal, number, before)
-
         logged, clock = step, time.perf_counter()
         steps = tqdm(range(step + 1, args.num_steps + 1), desc=SCRIPT, disable=None)
         for step in steps:
@@ -479,19 +479,19 @@ def train(args: Args) -> Path:
 
             last = bool(signals) or step == args.num_steps
             if last or step % args.log_every == 0 or step % args.eval_every == 0:
-                if not all(p.isfinite().all() for p in averaged.parameters()):
-                    raise UserError(f"weights are not finite at step {step}: lower the learning rate")
+                if not all(p.isfinite().all() for p in (loss_c, loss_g, *averaged.parameters())):
+                    raise UserError(f"loss or weights are not finite at step {step}: lower the learning rate")
                 elapsed = time.perf_counter() - clock
                 seconds += elapsed
                 row = {"loss_c": loss_c.item(), "loss_g": loss_g.item(), "w1": w1.item()}
                 row["critic_std"] = f_real.std(correction=0).item()
                 log(row | {"steps_per_second": (step - logged) / elapsed})
+                if step % args.eval_every == 0 and step < args.num_steps:
+                    evaluate()
                 checkpoint = {name: part.state_dict() for name, part in parts.items()}
                 checkpoint |= {"script": SCRIPT, "args": vars(args), "progress": (step, seconds, run_id)}
                 checkpoint |= {"rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state_all()}
                 replace_file(folder / "checkpoint.pt", partial(torch.save, checkpoint))
-                if step % args.eval_every == 0 and not last:
-                    evaluate()
                 logged, clock = step, time.perf_counter()
             if last:
                 break

@@ -248,7 +248,7 @@ RESUMED = [
     (wgan_gp, {"dataset": "grid", "lipschitz": "clip", "critic_steps": 2}, 11),
     (sinkhorn_gan, {}, 8),
     (sinkhorn_gan, {"dataset": "ring"}, 4),
-    (sinkhorn_gan, {"critic_every": 3}, 6),
+    (sinkhorn_gan, {"critic_every": 3}, 5),
 ]
 
 

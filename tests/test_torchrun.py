@@ -122,9 +122,24 @@ def test_the_loss_is_that_of_the_whole_batch():
 
 TWO = [
     ("mmd_gan.py", "--dataset ring --encoder learned"),
-    ("mmd_gan.py", "--dataset mnist --penalty-weight 1"),
+    ("mmd_gan.py", "--dataset mnist"),
 ]
 TWO += [("sinkhorn_gan.py", "--dataset ring"), ("sinkhorn_gan.py", "--dataset mnist")]
+
+
+REFUSED = [
+    ("mmd_gan.py", ["--batch-size", "15"]),
+    ("mmd_gan.py", ["--dataset", "mnist", "--penalty-weight", "1"]),  # whose gradient is of both parts
+    ("sinkhorn_gan.py", ["--batch-size", "18"]),
+]
+
+
+@pytest.mark.parametrize("script, options", REFUSED)
+def test_what_two_processes_cannot_share(script, options, tmp_path):
+    """One line in each of them, and no run folder."""
+    for result in [one.finish() for one in processes(script, tmp_path, ["--dataset", "ring", *options], 2)]:
+        assert result.returncode == 2 and "batch_size" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("script, options", TWO)
