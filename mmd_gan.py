@@ -102,6 +102,8 @@ class Args:
             raise UserError(f"bandwidths must be positive floats, not {self.bandwidths}")
         if self.encoder == "none" and self.penalty_weight:
             raise UserError("--penalty-weight needs a critic: it does not go with --encoder none")
+        if self.batch_size < 2:
+            raise UserError("batch_size must be at least 2: a kernel mean is one over pairs")
 
 
 def set_options(args, options: dict) -> None:

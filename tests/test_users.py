@@ -247,8 +247,8 @@ def test_options_that_do_not_fit_the_run(script, tiny):
 
 
 def test_a_batch_of_one_has_no_unbiased_mean(tiny):
-    with pytest.raises(ValueError, match="1 and 1 points are too few"):
-        mmd_gan.train(tiny(mmd_gan, batch_size=1))
+    with pytest.raises(mmd_gan.UserError, match="batch_size must be at least 2"):
+        tiny(mmd_gan, batch_size=1)
 
 
 # Weights & Biases
