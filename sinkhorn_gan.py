@@ -608,7 +608,7 @@ def as_batch(x, y, eps, a, b, cost, tol=1e-3, max_iterations=2000) -> tuple:
 
 
 class Solution(NamedTuple):
-    """Solved problems (1): potentials, values and their parts <P, C> (B,), gradients, errors (B,)."""
+    """Solved problems (1): potentials, values and their parts <P, C> (B,), and gradients."""
 
     f: Tensor
     g: Tensor
@@ -616,7 +616,6 @@ class Solution(NamedTuple):
     moved: Tensor
     grad_x: Tensor
     grad_y: Tensor
-    error: Tensor
 
 
 def split(solution: Solution) -> list[Solution]:
@@ -672,7 +671,7 @@ def solve(x, y, eps, a, b, tol=1e-3, max_iterations=2000, same=False, start=None
     f, g, value, moved = (v * unit.square() for v in (f + shift, g - shift, value[:, None], moved[:, None]))
     if not value.isfinite().all():
         raise ValueError("the transport cost is not finite: scale x, y and eps")
-    return Solution(f, g, value[:, 0], moved[:, 0], grad_x, grad_y, error)
+    return Solution(f, g, value[:, 0], moved[:, 0], grad_x, grad_y)
 
 
 def marginal_error(step: Tensor, weights: Tensor) -> Tensor:
@@ -778,7 +777,7 @@ def log_factors(x, y, shift, scale) -> tuple[Tensor, Tensor]:
     return left, right.mT
 
 
-def soft_minimum(x, y, log_b, scale, same, p, barycentres=False) -> tuple[Tensor, Tensor | None]:
+def soft_minimum(x, y, log_b, scale, same, p, barycentres=False) -> tuple[Tensor, Tensor]:
     """Return q_i = -log2 sum_j b_j 2^(p_j - scale C_ij), in blocks of rows, and the means of y."""
     left, right = log_factors(x, y, log_b + p, scale)
     rows = max(1, BLOCK // (y.shape[1] * len(x)))
@@ -811,7 +810,7 @@ def unrolled_cost(x, y, eps, a, b, tol, max_iterations) -> Tensor:
     return (a * f).sum(1) + (b * g).sum(1)
 
 
-def triton_soft_minimum(x, y, log_b, scale, same, p, barycentres=False) -> tuple[Tensor, Tensor | None]:
+def triton_soft_minimum(x, y, log_b, scale, same, p, barycentres=False) -> tuple[Tensor, Tensor]:
     """Return what soft_minimum does, by one Triton kernel without a matrix."""
     size, (n, d), m = len(x), x.shape[1:], y.shape[1]
     q, means = x.new_empty(size, n), torch.empty_like(x) if barycentres else x
