@@ -70,14 +70,14 @@ class Args:
     torch_deterministic: bool = True  # use deterministic algorithms where torch has them
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # as torch names it: cpu, cuda:1, mps
     track: bool = False  # log to Weights & Biases
-    wandb_project_name: str | None = None  # W&B project; by default WANDB_PROJECT, or minimal-gans
-    wandb_entity: str | None = None  # W&B team or user; by default WANDB_ENTITY, or you
+    wandb_project_name: str = ""  # W&B project; by default WANDB_PROJECT, or minimal-gans
+    wandb_entity: str = ""  # W&B team or user; by default WANDB_ENTITY, or you
     # images of 28 x 28 (digits needs no download), or points of 8 or 25 Gaussians
     dataset: Literal["mnist", "fashion-mnist", "kmnist", "digits", "ring", "grid"] = "mnist"
     data_dir: str = "data"  # folder of the images, in torchvision's layout; downloaded if missing
     eval_split: Literal["test", "validation"] = "test"  # validation: the last sixth of the training images
     run_dir: str = "runs"  # folder of the run folders
-    resume: str | None = None  # run folder to go on with; its options hold, but for those that are given
+    resume: str = ""  # run folder to go on with; its options hold, but for those that are given
     generate: int = 0  # instead of training, draw so many samples of the run --resume, into its generated/
     log_every: int = 100  # steps between lines of metrics.jsonl, each with a checkpoint
     eval_every: int = 2400  # steps between evaluations, each with a picture
@@ -111,25 +111,25 @@ def set_options(args, options: dict) -> None:
     base = {}
     for name, presets in PRESETS.items():
         base |= presets.get(options.get(name), {})
-    if options.get("resume") is not None and len(options) < len(fields(args)):
+    if options.get("resume") and len(options) < len(fields(args)):
         base = load_checkpoint(options["resume"])["args"]
         del base["device"]  # another machine may go on
     for f in fields(args):
         value = options.pop(f.name, base.get(f.name, f.default))
-        kind = str if f.default is None else type(f.default)
-        words = get_args(f.type) if type(f.default) is str else ()
+        kind = type(f.default)
         if isinstance(value, str | os.PathLike):
             value = os.path.expanduser(value)
         if kind is float and type(value) is int:
             value = float(value)
-        if (type(value) is not kind and value is not f.default) or (words and value not in words):
+        words = get_args(f.type) if kind is str else ()
+        if type(value) is not kind or (words and value not in words):
             raise UserError(f"{f.name} must be {words or kind.__name__}, not {value!r}")
         if kind in (int, float) and not (0 <= value < math.inf and (value or f.name in MAY_BE_ZERO)):
             raise UserError(f"{f.name} must be positive and finite, not {value!r}")
         setattr(args, f.name, value)
     if options:
         raise UserError(f"there are no options {list(options)}")
-    if args.generate and args.resume is None:
+    if args.generate and not args.resume:
         raise UserError("--generate needs --resume, the folder of the run that draws the samples")
 
 
@@ -141,21 +141,21 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> list[Tensor]:
 
         pixels, labels = map(torch.from_numpy, load_digits(return_X_y=True))
         images = F.interpolate(pixels.float().view(-1, 1, 8, 8) * (255 / 16), size=28, mode="bilinear")
+        images = images.squeeze(1).round().to(torch.uint8)
         order = np.random.default_rng(0).permutation(len(labels))  # they come writer by writer
-        images, labels = images[order].squeeze(1).round().to(torch.uint8), labels[order]
-        parts = [images[:1437], labels[:1437], images[1437:], labels[1437:]]
+        parts = [v[order[i]] for i in (slice(1437), slice(1437, None)) for v in (images, labels)]
     else:
         name = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}[dataset]
+        parts = []
         try:
-            load = partial(getattr(torchvision.datasets, name), data_dir, download=True)
-            train, test = load(train=True), load(train=False)
-            for part in (train, test):
+            for train in (True, False):
+                part = getattr(torchvision.datasets, name)(data_dir, train=train, download=True)
                 if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
                     raise ValueError(f"needed are 28 x 28 images of classes 0 to 9, not {part.data.shape}")
+                parts += [part.data, part.targets]
         except Exception as error:
             where = f"{Path(data_dir, name, 'raw')}: {error!r:.200}"
             raise UserError(f"no {dataset} in {where}; try another --data-dir or --dataset digits") from error
-        parts = [train.data, train.targets, test.data, test.targets]
     if eval_split == "validation":
         n = len(parts[0]) * 5 // 6
         parts = [parts[0][:n], parts[1][:n], parts[0][n:], parts[1][n:]]
@@ -247,10 +247,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> list[float | Non
     shares = []
     for points, others in ((fake, real), (real, fake)):
         # Near is within the distance of the other's k-th neighbour in its own set.
-        reach = torch.cat(
-            [torch.cdist(b, others).topk(k + 1, largest=False).values[:, -1] for b in others.split(1000)]
-        )
-        near = torch.cat([(torch.cdist(b, others) <= reach).any(1) for b in points.split(1000)])
+        reach = torch.cdist(others, others).topk(k + 1, largest=False).values[:, -1]
+        near = (torch.cdist(points, others) <= reach).any(1)
         shares.append(near.float().mean().item())
     return shares
 
@@ -270,12 +268,10 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_stem(f"{path.stem}.{os.getpid()}-{threading.get_ident()}")
     write(beside)
-    for _ in range(5):
-        try:
-            return os.replace(beside, path)
-        except PermissionError:  # on Windows, while a viewer has it open
-            time.sleep(0.2)
-    tqdm.write(f"warning: {path} is open elsewhere and stays; the new one is {beside}")
+    try:
+        os.replace(beside, path)
+    except PermissionError:  # on Windows, while a viewer has it open
+        tqdm.write(f"warning: {path} is open elsewhere and stays; the new one is {beside}")
 
 
 def load_checkpoint(run: str | os.PathLike) -> dict:
@@ -401,10 +397,10 @@ def kernel_means(
     bandwidths, weights = check_kernel(x, y, bandwidths, kernel, weights)
     if min(len(x), len(y)) < 1 + unbiased:
         raise ValueError(f"{len(x)} and {len(y)} points are too few")
+    learned = isinstance(bandwidths, Tensor) or isinstance(weights, Tensor)
+    means = dense_means if learned or torch.compiler.is_compiling() else FusedMeans.apply
     with torch.autocast(x.device.type, enabled=False):
-        if isinstance(bandwidths, Tensor) or isinstance(weights, Tensor) or torch.compiler.is_compiling():
-            return dense_means(x, y, bandwidths, kernel, unbiased, weights)
-        return FusedMeans.apply(x, y, tuple(bandwidths), kernel, unbiased, tuple(weights))
+        return means(x, y, bandwidths, kernel, unbiased, weights)
 
 
 def mmd2(x: Tensor, y: Tensor, bandwidths: Mixture, **options) -> Tensor:
@@ -426,7 +422,9 @@ def witness(t: Tensor, x: Tensor, y: Tensor, bandwidths: Mixture, kernel="gaussi
     Gretton et al. 2012, section 2.3, for x (n, d) and y (m, d). Arguments are those of kernel_means.
     """
     bandwidths, weights = check_kernel(x, y, bandwidths, kernel, weights)
-    k_x, k_y = (mixture(squared_distances(t, z), bandwidths, kernel, weights) for z in (x, y))
+    with torch.autocast(t.device.type, enabled=False):
+        k_x = kernel_matrix(t, x, bandwidths, kernel, weights)
+        k_y = kernel_matrix(t, y, bandwidths, kernel, weights)
     return k_x.mean(1) - k_y.mean(1)
 
 
@@ -434,11 +432,10 @@ def check_kernel(x: Tensor, y: Tensor, bandwidths, kernel, weights) -> tuple:
     """Return bandwidths and weights as sequences. Raises ValueError as kernel_means says."""
     bandwidths = (bandwidths,) if isinstance(bandwidths, int | float) else bandwidths
     weights = weights if len(weights) else (1.0,) * len(bandwidths)
-    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"x and y must be (n, d) and (m, d), not {tuple(x.shape)} and {tuple(y.shape)}")
-    if not (x.dtype == y.dtype in (torch.float32, torch.float64) and x.device == y.device):
-        found = f"{x.dtype} on {x.device} and {y.dtype} on {y.device}"
-        raise ValueError(f"x and y must both be float32 or both float64, on one device, not {found}")
+    shapes = x.dim() == y.dim() == 2 and x.shape[1] == y.shape[1]
+    if not (shapes and x.dtype == y.dtype in (torch.float32, torch.float64) and x.device == y.device):
+        found = " and ".join(f"{tuple(v.shape)} {v.dtype} on {v.device}" for v in (x, y))
+        raise ValueError(f"x and y must be (n, d) and (m, d), both float32 or both float64, not {found}")
     if kernel not in ("gaussian", "rational_quadratic"):
         raise ValueError(f"kernel must be gaussian or rational_quadratic, not {kernel!r}")
     known = isinstance(bandwidths, Tensor) or all(0 < s < math.inf for s in bandwidths)
@@ -447,18 +444,13 @@ def check_kernel(x: Tensor, y: Tensor, bandwidths, kernel, weights) -> tuple:
     return bandwidths, weights
 
 
-def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Return |x_i - y_j|^2 (n, m) of x (n, d) and y (m, d): not negative, with derivatives of every order."""
+def kernel_matrix(x: Tensor, y: Tensor, bandwidths, kernel: str, weights) -> Tensor:
+    """Return k(x_i, y_j) (n, m) for x (n, d) and y (m, d), with derivatives of every order."""
     center = x.detach().mean(0)  # far from the origin digits would be lost
     x, y = x - center, y - center
-    with torch.autocast(x.device.type, enabled=False):
-        t = x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * x @ y.T
-    return t + (t.clamp(min=0) - t).detach()  # clamps the value alone
-
-
-def mixture(t: Tensor, bandwidths, kernel: str, weights) -> Tensor:
-    """Return the kernel at squared distances t, in their shape."""
-    k = 0
+    t = x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * x @ y.T
+    t = t + (t.clamp(min=0) - t).detach()  # clamps the value alone
+    k = torch.zeros_like(t)
     for s, weight in zip(bandwidths, weights):
         exponent = -t / (2 * s * s) if kernel == "gaussian" else -s * (1 + t / (2 * s)).log()
         k = k + weight * exponent.clamp(min=TINY * math.log(2)).exp()
@@ -466,14 +458,13 @@ def mixture(t: Tensor, bandwidths, kernel: str, weights) -> Tensor:
 
 
 def dense_means(x, y, bandwidths, kernel, unbiased, weights) -> tuple[Tensor, Tensor, Tensor]:
-    """Return kernel_means by whole matrices of pairs and autograd: for learned kernels and torch.compile."""
+    """Return kernel_means by whole matrices: for learned kernels, torch.compile and second derivatives."""
     means = []
     for z in (x, y):
         n = len(z)
-        k = mixture(squared_distances(z, z), bandwidths, kernel, weights)
-        total = k.masked_fill(torch.eye(n, dtype=torch.bool, device=z.device), 0).sum()
+        total = 2 * kernel_matrix(z, z, bandwidths, kernel, weights).tril(-1).sum()
         means.append(total / (n * (n - 1)) if unbiased else (total + n * sum(weights)) / n**2)
-    return *means, mixture(squared_distances(x, y), bandwidths, kernel, weights).mean()
+    return *means, kernel_matrix(x, y, bandwidths, kernel, weights).mean()
 
 
 class FusedMeans(torch.autograd.Function):
@@ -490,11 +481,11 @@ class FusedMeans(torch.autograd.Function):
         z -= z.mean(0)  # far from the origin digits would be lost
         on_gpu = z.is_cuda and z.dtype == torch.float32 and find_spec("triton")
         sums, grads = (triton_sums if on_gpu else torch_sums)(z, n, bandwidths, kernel, weights)
-        own = 0.0 if unbiased else sum(weights)
+        own = 0.0 if unbiased else sum(weights)  # k(z_i, z_i)
+        totals = sums[0, 0] + n * own, sums[1, 1] + m * own, sums[0, 1]
         ctx.counts = n * (n - unbiased), m * (m - unbiased), n * m
         ctx.options = bandwidths, kernel, unbiased, weights
         ctx.save_for_backward(x, y, grads)
-        totals = sums[0, 0] + n * own, sums[1, 1] + m * own, sums[0, 1]
         return tuple((total / count).to(x.dtype) for total, count in zip(totals, ctx.counts))
 
     @staticmethod
@@ -518,14 +509,15 @@ def torch_sums(z: Tensor, n: int, bandwidths, kernel, weights) -> tuple[Tensor, 
     """
     blocks = [slice(i, min(i + TILE, n)) for i in range(0, n, TILE)]
     blocks += [slice(i, min(i + TILE, len(z))) for i in range(n, len(z), TILE)]
-    fine = torch.float32 if z.is_mps else torch.float64
-    norms, sums, grads = z.square().sum(1), z.new_zeros(2, 2, dtype=fine), z.new_zeros(2, *z.shape)
-    buffers = z.new_empty(3, min(TILE, max(n, len(z) - n)) ** 2)
+    norms = z.square().sum(1)
+    sums = z.new_zeros(2, 2, dtype=torch.float32 if z.is_mps else torch.float64)
+    grads = z.new_zeros(2, *z.shape)
+    buffers = z.new_empty(3, TILE * TILE)
     for i, rows in enumerate(blocks):
         for cols in blocks[i:]:
             side, other = int(rows.start >= n), int(cols.start >= n)  # 0 in x, 1 in y
             a, b = z[rows], z[cols]
-            t, p, w = (buffer[: len(a) * len(b)].view(len(a), len(b)) for buffer in buffers)
+            t, p, w = buffers[:, : len(a) * len(b)].unflatten(1, (len(a), len(b)))
             torch.addmm(norms[cols], a, b.T, alpha=-2, out=t).add_(norms[rows, None]).clamp_(min=0)
             if rows is cols:
                 t.fill_diagonal_(math.inf)
@@ -562,15 +554,16 @@ def tile_sum(t: Tensor, p: Tensor, w: Tensor, bandwidths, kernel, weights) -> fl
 def triton_sums(z: Tensor, n: int, bandwidths, kernel, weights) -> tuple[Tensor, Tensor]:
     """Return what torch_sums does, by one Triton kernel."""
     size, d = z.shape
-    k = z.new_empty(2, size)  # a row's sum over x, over y
+    sums = z.new_empty(2, size)  # of a row's k over x, over y
     grads = z.new_empty(2, size, d)
     mix = tuple(zip(bandwidths, weights))
     out = min(64, max(16, 2 ** (d - 1).bit_length()))
     grid = (-(-size // 32), 2, -(-d // out))
     with torch.cuda.device_of(z):  # Triton launches on the current device
         options = {"num_warps": 8, "num_stages": 2}  # all stays in registers (tests/test_triton.py)
-        mmd_kernel()[grid](z, k, grads, n, size, d, kernel == "gaussian", mix, 32, 32, out, **options)
-    return torch.stack((k[:, :n].sum(1), k[:, n:].sum(1))), grads
+        sizes = n, size, d, kernel == "gaussian", mix, 32, 32, out
+        mmd_kernel()[grid](z, sums, grads, *sizes, **options)
+    return torch.stack((sums[:, :n].sum(1), sums[:, n:].sum(1))), grads
 
 
 @cache
@@ -581,22 +574,25 @@ def mmd_kernel():
     import triton.language as tl
 
     # A program takes BLOCK rows of z, goes along all columns of one side, x or y, and makes the sums over j
-    # k_out[side, i] = sum k(z_i, z_j)  and  OUT_D coordinates of  grads[side, i] = sum W_ij (z_j - z_i)
+    # sums[side, i] = sum k(z_i, z_j)  and  OUT_D coordinates of  grads[side, i] = sum W_ij (z_j - z_i)
     @triton.jit
     def pair_kernel(
-        z, k_out, grads, n, size, D: tl.constexpr, GAUSSIAN: tl.constexpr, MIX: tl.constexpr,
+        z, sums, grads, n, size, D: tl.constexpr, GAUSSIAN: tl.constexpr, MIX: tl.constexpr,
         BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, OUT_D: tl.constexpr,
     ):  # fmt: skip
+        side = tl.program_id(1)
         rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        side, out = tl.program_id(1), tl.program_id(2) * OUT_D + tl.arange(0, OUT_D)
+        out = tl.program_id(2) * OUT_D + tl.arange(0, OUT_D)[None, :]
         end = tl.where(side == 0, n, size)
-        k_sum, w_sum = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        k_sum = tl.zeros((BLOCK,), tl.float32)
+        w_sum = tl.zeros((BLOCK,), tl.float32)
         pull = tl.zeros((BLOCK, OUT_D), tl.float32)
         for col in range(side * n, end, BLOCK):
             cols = col + tl.arange(0, BLOCK).to(tl.int64)
             # Squared distances t (BLOCK, BLOCK), from BLOCK_D coordinates at a time
             dot = tl.zeros((BLOCK, BLOCK), tl.float32)
-            a2, b2 = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+            a2 = tl.zeros((BLOCK,), tl.float32)
+            b2 = tl.zeros((BLOCK,), tl.float32)
             for first in range(0, D, BLOCK_D):
                 at = first + tl.arange(0, BLOCK_D)[None, :]
                 a = tl.load(z + rows[:, None] * D + at, (rows < size)[:, None] & (at < D), 0.0)
@@ -606,28 +602,29 @@ def mmd_kernel():
                 b2 += tl.sum(b * b, 1)
             t = tl.maximum(a2[:, None] + b2[None, :] - 2 * dot, 0.0, tl.PropagateNan.ALL)
             # The kernel k and its slope W, of pairs that are there and not of a point with itself
-            k, w = tl.zeros_like(t), tl.zeros_like(t)
+            k = tl.zeros_like(t)
+            w = tl.zeros_like(t)
             for part in tl.static_range(len(MIX)):
-                s, weight = MIX[part][0], MIX[part][1]
+                s = MIX[part][0]
                 if GAUSSIAN:
-                    value = weight * tl.exp(-t / (2 * s * s))
+                    value = MIX[part][1] * tl.exp(-t / (2 * s * s))
                     w += value / (s * s)
                 else:
                     base = 1 + t / (2 * s)
-                    value = weight * tl.exp2(-s * tl.log2(base))
+                    value = MIX[part][1] * tl.exp2(-s * tl.log2(base))
                     w += value / base
                 k += value
             pair = (rows < size)[:, None] & (cols < end)[None, :] & (rows[:, None] != cols[None, :])
-            k, w = tl.where(pair, k, 0.0), tl.where(pair, w, 0.0)
-            k_sum += tl.sum(k, 1)
+            w = tl.where(pair, w, 0.0)
+            k_sum += tl.sum(tl.where(pair, k, 0.0), 1)
             w_sum += tl.sum(w, 1)
-            b = tl.load(z + cols[:, None] * D + out[None, :], (cols < end)[:, None] & (out < D)[None, :], 0.0)
+            b = tl.load(z + cols[:, None] * D + out, (cols < end)[:, None] & (out < D), 0.0)
             pull = tl.dot(w, b, pull, input_precision="tf32x3")
-        row_out = (rows < size)[:, None] & (out < D)[None, :]
-        a = tl.load(z + rows[:, None] * D + out[None, :], row_out, 0.0)
+        inside = (rows < size)[:, None] & (out < D)
+        a = tl.load(z + rows[:, None] * D + out, inside, 0.0)
         place = side.to(tl.int64) * size + rows
-        tl.store(grads + place[:, None] * D + out[None, :], pull - w_sum[:, None] * a, row_out)
-        tl.store(k_out + place, k_sum, (rows < size) & (tl.program_id(2) == 0))
+        tl.store(grads + place[:, None] * D + out, pull - w_sum[:, None] * a, inside)
+        tl.store(sums + place, k_sum, (rows < size) & (tl.program_id(2) == 0))
 
     return pair_kernel
 
@@ -694,7 +691,7 @@ def train(args: Args) -> Path:
         # A new run folder, or that of the run to go on with, whose log is cut at its checkpoint
         folder = Path(args.run_dir, f"{args.exp_name}__{args.dataset}__{args.seed}__{time.time_ns()}")
         step, seconds, run_id = 0, 0.0, None
-        if args.resume is not None:
+        if args.resume:
             folder = Path(args.resume)
             checkpoint = load_checkpoint(folder)
             for name, part in parts.items():
@@ -709,7 +706,7 @@ def train(args: Args) -> Path:
             replace_file(folder / "generated" / "samples.npy", lambda path: np.save(path, samples))
             return folder / "generated"
         if rank == 0:
-            folder.mkdir(parents=True, exist_ok=args.resume is not None)
+            folder.mkdir(parents=True, exist_ok=bool(args.resume))
             log_file = folder / "metrics.jsonl"
             lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -718,10 +715,15 @@ def train(args: Args) -> Path:
         if rank == 0 and args.track:
             import wandb
 
-            project = args.wandb_project_name or os.environ.get("WANDB_PROJECT", "minimal-gans")
-            names = {"entity": args.wandb_entity, "name": os.environ.get("WANDB_NAME", folder.name)}
-            options = {"id": run_id, "resume": "allow", "config": vars(args), "dir": args.run_dir}
-            wandb_run = wandb.init(project=project, **names, **options)
+            wandb_run = wandb.init(
+                project=args.wandb_project_name or os.environ.get("WANDB_PROJECT", "minimal-gans"),
+                entity=args.wandb_entity or None,
+                name=os.environ.get("WANDB_NAME", folder.name),
+                id=run_id,
+                resume="allow",
+                config=vars(args),
+                dir=args.run_dir,
+            )
             stack.push(lambda kind, error, trace: wandb_run.finish(exit_code=int(kind is not None)))
             run_id = wandb_run.id
 
@@ -733,8 +735,8 @@ def train(args: Args) -> Path:
 
         def evaluate() -> dict:
             samples = draw_samples(averaged, args, max(args.num_eval_samples, 2500 if toy else 100))
-            save_samples(folder / f"samples_{step:06d}.png", samples, data)
-            save_samples(folder / "samples.png", samples, data)
+            for name in (f"samples_{step:06d}.png", "samples.png"):
+                save_samples(folder / name, samples, data)
             metrics = measure(samples)
             log(metrics)
             if wandb_run:
@@ -748,8 +750,7 @@ def train(args: Args) -> Path:
                 before = signal.signal(number, lambda number, frame: signals.append(number))
                 stack.callback(signal.signal, number, before)
         logged, clock = step, time.perf_counter()
-        steps = tqdm(range(step + 1, args.num_steps + 1), desc=SCRIPT, disable=True if rank else None)
-        for step in steps:
+        for step in tqdm(range(logged + 1, args.num_steps + 1), desc=SCRIPT, disable=True if rank else None):
             # Learning rates are constant at first, then fall linearly to zero.
             rate = min(1.0, (args.num_steps - step + 1) / ((0.4 if toy else 0.7) * args.num_steps))
 
@@ -833,7 +834,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Return the command line's options, over those of the resumed run or the data set's preset."""
     typed = tyro.cli(Args, args=argv)
     chosen = {name: getattr(typed, name) for name in PRESETS if getattr(typed, name) != getattr(Args, name)}
-    default = Args(**chosen) if typed.resume is None else Args(resume=typed.resume)
+    default = Args(resume=typed.resume) if typed.resume else Args(**chosen)
     return tyro.cli(Args, args=argv, default=default)
 
 

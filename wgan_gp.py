@@ -62,14 +62,14 @@ class Args:
     torch_deterministic: bool = True  # use deterministic algorithms where torch has them
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # as torch names it: cpu, cuda:1, mps
     track: bool = False  # log to Weights & Biases
-    wandb_project_name: str | None = None  # W&B project; by default WANDB_PROJECT, or minimal-gans
-    wandb_entity: str | None = None  # W&B team or user; by default WANDB_ENTITY, or you
+    wandb_project_name: str = ""  # W&B project; by default WANDB_PROJECT, or minimal-gans
+    wandb_entity: str = ""  # W&B team or user; by default WANDB_ENTITY, or you
     # images of 28 x 28 (digits needs no download), or points of 8 or 25 Gaussians
     dataset: Literal["mnist", "fashion-mnist", "kmnist", "digits", "ring", "grid"] = "mnist"
     data_dir: str = "data"  # folder of the images, in torchvision's layout; downloaded if missing
     eval_split: Literal["test", "validation"] = "test"  # validation: the last sixth of the training images
     run_dir: str = "runs"  # folder of the run folders
-    resume: str | None = None  # run folder to go on with; its options hold, but for those that are given
+    resume: str = ""  # run folder to go on with; its options hold, but for those that are given
     generate: int = 0  # instead of training, draw so many samples of the run --resume, into its generated/
     log_every: int = 100  # steps between lines of metrics.jsonl, each with a checkpoint
     eval_every: int = 1400  # steps between evaluations, each with a picture
@@ -92,25 +92,25 @@ def set_options(args, options: dict) -> None:
     base = {}
     for name, presets in PRESETS.items():
         base |= presets.get(options.get(name), {})
-    if options.get("resume") is not None and len(options) < len(fields(args)):
+    if options.get("resume") and len(options) < len(fields(args)):
         base = load_checkpoint(options["resume"])["args"]
         del base["device"]  # another machine may go on
     for f in fields(args):
         value = options.pop(f.name, base.get(f.name, f.default))
-        kind = str if f.default is None else type(f.default)
-        words = get_args(f.type) if type(f.default) is str else ()
+        kind = type(f.default)
         if isinstance(value, str | os.PathLike):
             value = os.path.expanduser(value)
         if kind is float and type(value) is int:
             value = float(value)
-        if (type(value) is not kind and value is not f.default) or (words and value not in words):
+        words = get_args(f.type) if kind is str else ()
+        if type(value) is not kind or (words and value not in words):
             raise UserError(f"{f.name} must be {words or kind.__name__}, not {value!r}")
         if kind in (int, float) and not (0 <= value < math.inf and (value or f.name in MAY_BE_ZERO)):
             raise UserError(f"{f.name} must be positive and finite, not {value!r}")
         setattr(args, f.name, value)
     if options:
         raise UserError(f"there are no options {list(options)}")
-    if args.generate and args.resume is None:
+    if args.generate and not args.resume:
         raise UserError("--generate needs --resume, the folder of the run that draws the samples")
 
 
@@ -122,21 +122,21 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> list[Tensor]:
 
         pixels, labels = map(torch.from_numpy, load_digits(return_X_y=True))
         images = F.interpolate(pixels.float().view(-1, 1, 8, 8) * (255 / 16), size=28, mode="bilinear")
+        images = images.squeeze(1).round().to(torch.uint8)
         order = np.random.default_rng(0).permutation(len(labels))  # they come writer by writer
-        images, labels = images[order].squeeze(1).round().to(torch.uint8), labels[order]
-        parts = [images[:1437], labels[:1437], images[1437:], labels[1437:]]
+        parts = [v[order[i]] for i in (slice(1437), slice(1437, None)) for v in (images, labels)]
     else:
         name = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}[dataset]
+        parts = []
         try:
-            load = partial(getattr(torchvision.datasets, name), data_dir, download=True)
-            train, test = load(train=True), load(train=False)
-            for part in (train, test):
+            for train in (True, False):
+                part = getattr(torchvision.datasets, name)(data_dir, train=train, download=True)
                 if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
                     raise ValueError(f"needed are 28 x 28 images of classes 0 to 9, not {part.data.shape}")
+                parts += [part.data, part.targets]
         except Exception as error:
             where = f"{Path(data_dir, name, 'raw')}: {error!r:.200}"
             raise UserError(f"no {dataset} in {where}; try another --data-dir or --dataset digits") from error
-        parts = [train.data, train.targets, test.data, test.targets]
     if eval_split == "validation":
         n = len(parts[0]) * 5 // 6
         parts = [parts[0][:n], parts[1][:n], parts[0][n:], parts[1][n:]]
@@ -228,10 +228,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> list[float | Non
     shares = []
     for points, others in ((fake, real), (real, fake)):
         # Near is within the distance of the other's k-th neighbour in its own set.
-        reach = torch.cat(
-            [torch.cdist(b, others).topk(k + 1, largest=False).values[:, -1] for b in others.split(1000)]
-        )
-        near = torch.cat([(torch.cdist(b, others) <= reach).any(1) for b in points.split(1000)])
+        reach = torch.cdist(others, others).topk(k + 1, largest=False).values[:, -1]
+        near = (torch.cdist(points, others) <= reach).any(1)
         shares.append(near.float().mean().item())
     return shares
 
@@ -251,12 +249,10 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_stem(f"{path.stem}.{os.getpid()}-{threading.get_ident()}")
     write(beside)
-    for _ in range(5):
-        try:
-            return os.replace(beside, path)
-        except PermissionError:  # on Windows, while a viewer has it open
-            time.sleep(0.2)
-    tqdm.write(f"warning: {path} is open elsewhere and stays; the new one is {beside}")
+    try:
+        os.replace(beside, path)
+    except PermissionError:  # on Windows, while a viewer has it open
+        tqdm.write(f"warning: {path} is open elsewhere and stays; the new one is {beside}")
 
 
 def load_checkpoint(run: str | os.PathLike) -> dict:
@@ -394,7 +390,7 @@ def train(args: Args) -> Path:
         # A new run folder, or that of the run to go on with, whose log is cut at its checkpoint
         folder = Path(args.run_dir, f"{args.exp_name}__{args.dataset}__{args.seed}__{time.time_ns()}")
         step, seconds, run_id = 0, 0.0, None
-        if args.resume is not None:
+        if args.resume:
             folder = Path(args.resume)
             checkpoint = load_checkpoint(folder)
             for name, part in parts.items():
@@ -406,7 +402,7 @@ def train(args: Args) -> Path:
             samples = draw_samples(averaged, args, args.generate).cpu().numpy()
             replace_file(folder / "generated" / "samples.npy", lambda path: np.save(path, samples))
             return folder / "generated"
-        folder.mkdir(parents=True, exist_ok=args.resume is not None)
+        folder.mkdir(parents=True, exist_ok=bool(args.resume))
         log_file = folder / "metrics.jsonl"
         lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -415,10 +411,15 @@ def train(args: Args) -> Path:
         if args.track:
             import wandb
 
-            project = args.wandb_project_name or os.environ.get("WANDB_PROJECT", "minimal-gans")
-            names = {"entity": args.wandb_entity, "name": os.environ.get("WANDB_NAME", folder.name)}
-            options = {"id": run_id, "resume": "allow", "config": vars(args), "dir": args.run_dir}
-            wandb_run = wandb.init(project=project, **names, **options)
+            wandb_run = wandb.init(
+                project=args.wandb_project_name or os.environ.get("WANDB_PROJECT", "minimal-gans"),
+                entity=args.wandb_entity or None,
+                name=os.environ.get("WANDB_NAME", folder.name),
+                id=run_id,
+                resume="allow",
+                config=vars(args),
+                dir=args.run_dir,
+            )
             stack.push(lambda kind, error, trace: wandb_run.finish(exit_code=int(kind is not None)))
             run_id = wandb_run.id
 
@@ -430,8 +431,8 @@ def train(args: Args) -> Path:
 
         def evaluate() -> dict:
             samples = draw_samples(averaged, args, max(args.num_eval_samples, 2500 if toy else 100))
-            save_samples(folder / f"samples_{step:06d}.png", samples, data)
-            save_samples(folder / "samples.png", samples, data)
+            for name in (f"samples_{step:06d}.png", "samples.png"):
+                save_samples(folder / name, samples, data)
             metrics = measure(samples)
             log(metrics)
             if wandb_run:
@@ -445,8 +446,7 @@ def train(args: Args) -> Path:
                 before = signal.signal(number, lambda number, frame: signals.append(number))
                 stack.callback(signal.signal, number, before)
         logged, clock = step, time.perf_counter()
-        steps = tqdm(range(step + 1, args.num_steps + 1), desc=SCRIPT, disable=None)
-        for step in steps:
+        for step in tqdm(range(logged + 1, args.num_steps + 1), desc=SCRIPT, disable=None):
             # The learning rate is constant at first, then falls linearly to zero.
             rate = min(1.0, (args.num_steps - step + 1) / ((0.4 if toy else 0.7) * args.num_steps))
             optimizer_g.param_groups[0]["lr"] = rate * args.learning_rate
@@ -513,7 +513,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Return the command line's options, over those of the resumed run or the data set's preset."""
     typed = tyro.cli(Args, args=argv)
     chosen = {name: getattr(typed, name) for name in PRESETS if getattr(typed, name) != getattr(Args, name)}
-    default = Args(**chosen) if typed.resume is None else Args(resume=typed.resume)
+    default = Args(resume=typed.resume) if typed.resume else Args(**chosen)
     return tyro.cli(Args, args=argv, default=default)
 
 

@@ -285,8 +285,8 @@ X, Y = cloud(4, 3), cloud(5, 3, 1)
 @pytest.mark.parametrize(
     "x, y, bandwidths, options, message",
     [
-        (X[0], Y, CHAIN, {}, r"\(3,\) and \(5, 3\)"),
-        (X, Y[:, :2], CHAIN, {}, r"\(4, 3\) and \(5, 2\)"),
+        (X[0], Y, CHAIN, {}, r"\(3,\) .* and \(5, 3\)"),
+        (X, Y[:, :2], CHAIN, {}, r"\(4, 3\) .* and \(5, 2\)"),
         (X[None], Y, CHAIN, {}, r"\(1, 4, 3\)"),
         (X, Y.float(), CHAIN, {}, "torch.float64 .*torch.float32"),
         (X.long(), Y.long(), CHAIN, {}, "torch.int64"),
