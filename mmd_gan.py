@@ -98,6 +98,8 @@ class Args:
 
     def __init__(self, **options):
         set_options(self, options)
+        if self.generate and not self.resume:
+            raise UserError("--generate needs --resume, the folder of the run that draws the samples")
         if not all(type(s) is float and 0 < s < math.inf for s in self.bandwidths or [0]):
             raise UserError(f"bandwidths must be positive floats, not {self.bandwidths}")
         if self.encoder == "none" and self.penalty_weight:
@@ -129,8 +131,6 @@ def set_options(args, options: dict) -> None:
         setattr(args, f.name, value)
     if options:
         raise UserError(f"there are no options {list(options)}")
-    if args.generate and not args.resume:
-        raise UserError("--generate needs --resume, the folder of the run that draws the samples")
 
 
 # ---- Data -----------------------------------------------------------------------------------------------
@@ -299,17 +299,16 @@ def save_samples(path: Path, samples: Tensor, data: Tensor) -> None:
     replace_file(path, figure.savefig)
 
 
-def save_curves(folder: Path) -> None:
-    """Draw each number of metrics.jsonl against the step, in curves.png."""
+def save_curves(path: Path, rows: list[dict]) -> None:
+    """Draw each number of the log against the step."""
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     names = sorted({name for row in rows for name in row} - {"step", "class_shares"})
     figure = Figure(figsize=(12, len(names) + 2), layout="tight")
     for place, name in enumerate(names, 1):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         figure.add_subplot(-(-len(names) // 3), 3, place, title=name).plot(*zip(*points), marker=".")
-    replace_file(folder / "curves.png", figure.savefig)
+    replace_file(path, figure.savefig)
 
 
 # ---- Networks -------------------------------------------------------------------------------------------
@@ -340,7 +339,7 @@ def make_generator(latent_dim: int) -> nn.Sequential:
     return network.to(memory_format=torch.channels_last)  # half the time of a step on a CPU
 
 
-def make_critic(toy: bool, spectral_norm: bool) -> nn.Sequential:
+def make_encoder(toy: bool, spectral_norm: bool) -> nn.Sequential:
     """Return a network from images (b, 1, 28, 28) or points (b, 2) to features (b, 16)."""
     network = nn.Sequential(
         nn.ConstantPad2d(1, -1.0),  # black: a frame of grey, which is 0, would be seen
@@ -677,7 +676,7 @@ def train(args: Args) -> Path:
 
         torch.manual_seed(args.seed)
         generator = make_mlp(args.latent_dim, 2, nn.ReLU()) if toy else make_generator(args.latent_dim)
-        critic = make_critic(toy, args.spectral_norm) if args.encoder == "learned" else nn.Flatten()
+        critic = make_encoder(toy, args.spectral_norm) if args.encoder == "learned" else nn.Flatten()
         generator.to(device)
         critic.to(device)
         decay = min(0.999, 1 - 10 / max(10, args.num_steps))  # a short run has a short memory
@@ -688,9 +687,9 @@ def train(args: Args) -> Path:
             optimizer_c = torch.optim.Adam(critic.parameters(), betas=(0.5, 0.999), fused=True)
             parts |= {"critic": critic, "optimizer_c": optimizer_c}
 
-        # A new run folder, or that of the run to go on with, whose log is cut at its checkpoint
+        # A new run folder, or that of the run to go on with
         folder = Path(args.run_dir, f"{args.exp_name}__{args.dataset}__{args.seed}__{time.time_ns()}")
-        step, seconds, run_id = 0, 0.0, None
+        step, seconds, run_id, rows = 0, 0.0, None, []
         if args.resume:
             folder = Path(args.resume)
             checkpoint = load_checkpoint(folder)
@@ -698,7 +697,7 @@ def train(args: Args) -> Path:
                 part.load_state_dict(checkpoint[name])
             torch.set_rng_state(checkpoint["rng"])
             torch.cuda.set_rng_state_all(checkpoint["rng_cuda"][: torch.cuda.device_count()])
-            step, seconds, run_id = checkpoint["progress"]
+            step, seconds, run_id, rows = checkpoint["progress"]
         if rank > 0:
             torch.manual_seed(args.seed + 1000 * rank + step)  # other samples than the first one's
         if args.generate:
@@ -707,10 +706,6 @@ def train(args: Args) -> Path:
             return folder / "generated"
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=bool(args.resume))
-            log_file = folder / "metrics.jsonl"
-            lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            replace_file(log_file, lambda path: path.write_text("".join(kept)))
         wandb_run = None
         if rank == 0 and args.track:
             import wandb
@@ -728,8 +723,9 @@ def train(args: Args) -> Path:
             run_id = wandb_run.id
 
         def log(row: dict) -> None:
-            with log_file.open("a") as file:
-                file.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
+            rows.append({"step": step} | row)
+            lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
+            replace_file(folder / "metrics.jsonl", lambda path: path.write_text("".join(lines)))
             if wandb_run:
                 wandb_run.log(row, step=step)
 
@@ -749,7 +745,7 @@ def train(args: Args) -> Path:
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.signal(number, lambda number, frame: signals.append(number))
                 stack.callback(signal.signal, number, before)
-        logged, clock = step, time.perf_counter()
+        metrics, logged, clock = None, step, time.perf_counter()
         for step in tqdm(range(logged + 1, args.num_steps + 1), desc=SCRIPT, disable=True if rank else None):
             # Learning rates are constant at first, then fall linearly to zero.
             rate = min(1.0, (args.num_steps - step + 1) / ((0.4 if toy else 0.7) * args.num_steps))
@@ -805,10 +801,11 @@ def train(args: Args) -> Path:
                 if not 1e-3 < row["k_xy"] / len(args.bandwidths) < 1 - 1e-3:
                     tqdm.write(f"step {step}: the kernel is blind, all points are far apart or all the same")
                 log(row | {"steps_per_second": (step - logged) / elapsed})
-                if step % args.eval_every == 0 and step < args.num_steps:
-                    evaluate()
+                if step % args.eval_every == 0 or step == args.num_steps:
+                    metrics = evaluate()
                 checkpoint = {name: part.state_dict() for name, part in parts.items()}
-                checkpoint |= {"script": SCRIPT, "args": vars(args), "progress": (step, seconds, run_id)}
+                checkpoint |= {"script": SCRIPT, "args": vars(args)}
+                checkpoint["progress"] = step, seconds, run_id, rows
                 checkpoint |= {"rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state_all()}
                 replace_file(folder / "checkpoint.pt", partial(torch.save, checkpoint))
                 logged, clock = step, time.perf_counter()
@@ -818,14 +815,16 @@ def train(args: Args) -> Path:
         if rank > 0:
             return folder
         if step < args.num_steps:
-            save_curves(folder)
+            save_curves(folder / "curves.png", rows)
             command = shlex.join(["python", f"{SCRIPT}.py", f"--resume={folder}"])
             tqdm.write(f"stopped after step {step}; go on with: {command}")
             raise SystemExit(128 + signals[0] if signals else 1)
-        results = evaluate() | {"real": measure(data), "steps": step, "seconds": seconds}
+        if metrics is None:  # the run was done already
+            metrics = evaluate()
+        results = metrics | {"real": measure(data), "steps": step, "seconds": seconds}
         results |= {"device": args.device, "torch": torch.__version__, "args": vars(args)}
         replace_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
-        save_curves(folder)
+        save_curves(folder / "curves.png", rows)
         print(folder)
         return folder
 

@@ -58,7 +58,7 @@ TOY |= {"cost": "euclidean", "epsilon": 5e-4, "tolerance": 0.1, "max_iterations"
 # Of images that are compared pixel by pixel; the Sinkhorn divergence of batches averages them.
 FIXED = {"num_steps": 2000, "eval_every": 400, "batch_size": 512, "cost": "euclidean", "epsilon": 0.05}
 FIXED |= {"loss": "minibatch-energy"}
-DIGITS = {"num_steps": 1500, "eval_every": 500}
+DIGITS = {"num_steps": 1500, "eval_every": 500, "lr_critic": 5e-4}
 PRESETS = {
     "critic": {"fixed": FIXED},
     "dataset": {"digits": DIGITS, "ring": TOY | {"epsilon": 1e-4}, "grid": TOY},
@@ -109,6 +109,8 @@ class Args:
 
     def __init__(self, **options):
         set_options(self, options)
+        if self.generate and not self.resume:
+            raise UserError("--generate needs --resume, the folder of the run that draws the samples")
         if self.batch_size % 2:
             raise UserError(f"batch_size must be even, for two independent halves, not {self.batch_size}")
         if self.unroll and self.loss == "minibatch-energy":
@@ -138,8 +140,6 @@ def set_options(args, options: dict) -> None:
         setattr(args, f.name, value)
     if options:
         raise UserError(f"there are no options {list(options)}")
-    if args.generate and not args.resume:
-        raise UserError("--generate needs --resume, the folder of the run that draws the samples")
 
 
 # ---- Data -----------------------------------------------------------------------------------------------
@@ -331,17 +331,16 @@ def save_samples(path: Path, samples: Tensor, data: Tensor) -> None:
     replace_file(path, figure.savefig)
 
 
-def save_curves(folder: Path) -> None:
-    """Draw each number of metrics.jsonl against the step, in curves.png."""
+def save_curves(path: Path, rows: list[dict]) -> None:
+    """Draw each number of the log against the step."""
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     names = sorted({name for row in rows for name in row} - {"step", "class_shares"})
     figure = Figure(figsize=(12, len(names) + 2), layout="tight")
     for place, name in enumerate(names, 1):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         figure.add_subplot(-(-len(names) // 3), 3, place, title=name).plot(*zip(*points), marker=".")
-    replace_file(folder / "curves.png", figure.savefig)
+    replace_file(path, figure.savefig)
 
 
 # ---- Networks -------------------------------------------------------------------------------------------
@@ -372,7 +371,7 @@ def make_generator(latent_dim: int) -> nn.Sequential:
     return network.to(memory_format=torch.channels_last)  # half the time of a step on a CPU
 
 
-def make_critic(toy: bool, spectral_norm: bool) -> nn.Sequential:
+def make_encoder(toy: bool, spectral_norm: bool) -> nn.Sequential:
     """Return a network from images (b, 1, 28, 28) or points (b, 2) to features (b, 16)."""
     network = nn.Sequential(
         nn.ConstantPad2d(1, -1.0),  # black: a frame of grey, which is 0, would be seen
@@ -391,6 +390,8 @@ def make_critic(toy: bool, spectral_norm: bool) -> nn.Sequential:
         for layer in network:
             if hasattr(layer, "weight"):
                 nn.utils.parametrizations.spectral_norm(layer)
+        # The norms bound the features' distances by those of the images: too close for the kernel to tell.
+        network[-1].register_forward_hook(lambda layer, inputs, output: 4 * output)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -923,7 +924,7 @@ def train(args: Args) -> Path:
 
         torch.manual_seed(args.seed)
         generator = make_mlp(args.latent_dim, 2, nn.ReLU()) if toy else make_generator(args.latent_dim)
-        critic = make_critic(toy, args.spectral_norm) if args.critic == "learned" else nn.Flatten()
+        critic = make_encoder(toy, args.spectral_norm) if args.critic == "learned" else nn.Flatten()
         generator.to(device)
         critic.to(device)
         decay = min(0.999, 1 - 10 / max(10, args.num_steps))  # a short run has a short memory
@@ -962,9 +963,9 @@ def train(args: Args) -> Path:
                 return repulsive_loss(*h_real.chunk(2), *h_fake.chunk(2), eps, **options)
             return sinkhorn_divergence(h_real, h_fake, eps, **options)
 
-        # A new run folder, or that of the run to go on with, whose log is cut at its checkpoint
+        # A new run folder, or that of the run to go on with
         folder = Path(args.run_dir, f"{args.exp_name}__{args.dataset}__{args.seed}__{time.time_ns()}")
-        step, seconds, run_id = 0, 0.0, None
+        step, seconds, run_id, rows = 0, 0.0, None, []
         if args.resume:
             folder = Path(args.resume)
             checkpoint = load_checkpoint(folder)
@@ -972,7 +973,7 @@ def train(args: Args) -> Path:
                 part.load_state_dict(checkpoint[name])
             torch.set_rng_state(checkpoint["rng"])
             torch.cuda.set_rng_state_all(checkpoint["rng_cuda"][: torch.cuda.device_count()])
-            step, seconds, run_id = checkpoint["progress"]
+            step, seconds, run_id, rows = checkpoint["progress"]
         if rank > 0:
             torch.manual_seed(args.seed + 1000 * rank + step)  # other samples than the first one's
         if args.generate:
@@ -981,10 +982,6 @@ def train(args: Args) -> Path:
             return folder / "generated"
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=bool(args.resume))
-            log_file = folder / "metrics.jsonl"
-            lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            replace_file(log_file, lambda path: path.write_text("".join(kept)))
         wandb_run = None
         if rank == 0 and args.track:
             import wandb
@@ -1002,8 +999,9 @@ def train(args: Args) -> Path:
             run_id = wandb_run.id
 
         def log(row: dict) -> None:
-            with log_file.open("a") as file:
-                file.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
+            rows.append({"step": step} | row)
+            lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
+            replace_file(folder / "metrics.jsonl", lambda path: path.write_text("".join(lines)))
             if wandb_run:
                 wandb_run.log(row, step=step)
 
@@ -1023,7 +1021,7 @@ def train(args: Args) -> Path:
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.signal(number, lambda number, frame: signals.append(number))
                 stack.callback(signal.signal, number, before)
-        logged, clock = step, time.perf_counter()
+        metrics, logged, clock = None, step, time.perf_counter()
         for step in tqdm(range(logged + 1, args.num_steps + 1), desc=SCRIPT, disable=True if rank else None):
             # Learning rates are constant at first, then fall linearly to zero.
             rate = min(1.0, (args.num_steps - step + 1) / ((0.6 if toy else 0.7) * args.num_steps))
@@ -1069,10 +1067,11 @@ def train(args: Args) -> Path:
                 if loss_c is not None:
                     row["loss_c"] = loss_c.item()
                 log(row | {"steps_per_second": (step - logged) / elapsed})
-                if step % args.eval_every == 0 and step < args.num_steps:
-                    evaluate()
+                if step % args.eval_every == 0 or step == args.num_steps:
+                    metrics = evaluate()
                 checkpoint = {name: part.state_dict() for name, part in parts.items()}
-                checkpoint |= {"script": SCRIPT, "args": vars(args), "progress": (step, seconds, run_id)}
+                checkpoint |= {"script": SCRIPT, "args": vars(args)}
+                checkpoint["progress"] = step, seconds, run_id, rows
                 checkpoint |= {"rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state_all()}
                 replace_file(folder / "checkpoint.pt", partial(torch.save, checkpoint))
                 logged, clock = step, time.perf_counter()
@@ -1082,14 +1081,16 @@ def train(args: Args) -> Path:
         if rank > 0:
             return folder
         if step < args.num_steps:
-            save_curves(folder)
+            save_curves(folder / "curves.png", rows)
             command = shlex.join(["python", f"{SCRIPT}.py", f"--resume={folder}"])
             tqdm.write(f"stopped after step {step}; go on with: {command}")
             raise SystemExit(128 + signals[0] if signals else 1)
-        results = evaluate() | {"real": measure(data), "steps": step, "seconds": seconds}
+        if metrics is None:  # the run was done already
+            metrics = evaluate()
+        results = metrics | {"real": measure(data), "steps": step, "seconds": seconds}
         results |= {"device": args.device, "torch": torch.__version__, "args": vars(args)}
         replace_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
-        save_curves(folder)
+        save_curves(folder / "curves.png", rows)
         print(folder)
         return folder
 

@@ -85,6 +85,8 @@ class Args:
 
     def __init__(self, **options):
         set_options(self, options)
+        if self.generate and not self.resume:
+            raise UserError("--generate needs --resume, the folder of the run that draws the samples")
 
 
 def set_options(args, options: dict) -> None:
@@ -110,8 +112,6 @@ def set_options(args, options: dict) -> None:
         setattr(args, f.name, value)
     if options:
         raise UserError(f"there are no options {list(options)}")
-    if args.generate and not args.resume:
-        raise UserError("--generate needs --resume, the folder of the run that draws the samples")
 
 
 # ---- Data -----------------------------------------------------------------------------------------------
@@ -280,17 +280,16 @@ def save_samples(path: Path, samples: Tensor, data: Tensor) -> None:
     replace_file(path, figure.savefig)
 
 
-def save_curves(folder: Path) -> None:
-    """Draw each number of metrics.jsonl against the step, in curves.png."""
+def save_curves(path: Path, rows: list[dict]) -> None:
+    """Draw each number of the log against the step."""
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     names = sorted({name for row in rows for name in row} - {"step", "class_shares"})
     figure = Figure(figsize=(12, len(names) + 2), layout="tight")
     for place, name in enumerate(names, 1):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         figure.add_subplot(-(-len(names) // 3), 3, place, title=name).plot(*zip(*points), marker=".")
-    replace_file(folder / "curves.png", figure.savefig)
+    replace_file(path, figure.savefig)
 
 
 # ---- Networks -------------------------------------------------------------------------------------------
@@ -387,9 +386,9 @@ def train(args: Args) -> Path:
         parts = {"generator": generator, "averaged": averaged, "critic": critic}
         parts |= {"optimizer_g": optimizer_g, "optimizer_c": optimizer_c}
 
-        # A new run folder, or that of the run to go on with, whose log is cut at its checkpoint
+        # A new run folder, or that of the run to go on with
         folder = Path(args.run_dir, f"{args.exp_name}__{args.dataset}__{args.seed}__{time.time_ns()}")
-        step, seconds, run_id = 0, 0.0, None
+        step, seconds, run_id, rows = 0, 0.0, None, []
         if args.resume:
             folder = Path(args.resume)
             checkpoint = load_checkpoint(folder)
@@ -397,16 +396,12 @@ def train(args: Args) -> Path:
                 part.load_state_dict(checkpoint[name])
             torch.set_rng_state(checkpoint["rng"])
             torch.cuda.set_rng_state_all(checkpoint["rng_cuda"][: torch.cuda.device_count()])
-            step, seconds, run_id = checkpoint["progress"]
+            step, seconds, run_id, rows = checkpoint["progress"]
         if args.generate:
             samples = draw_samples(averaged, args, args.generate).cpu().numpy()
             replace_file(folder / "generated" / "samples.npy", lambda path: np.save(path, samples))
             return folder / "generated"
         folder.mkdir(parents=True, exist_ok=bool(args.resume))
-        log_file = folder / "metrics.jsonl"
-        lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        replace_file(log_file, lambda path: path.write_text("".join(kept)))
         wandb_run = None
         if args.track:
             import wandb
@@ -424,8 +419,9 @@ def train(args: Args) -> Path:
             run_id = wandb_run.id
 
         def log(row: dict) -> None:
-            with log_file.open("a") as file:
-                file.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
+            rows.append({"step": step} | row)
+            lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
+            replace_file(folder / "metrics.jsonl", lambda path: path.write_text("".join(lines)))
             if wandb_run:
                 wandb_run.log(row, step=step)
 
@@ -445,7 +441,7 @@ def train(args: Args) -> Path:
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.signal(number, lambda number, frame: signals.append(number))
                 stack.callback(signal.signal, number, before)
-        logged, clock = step, time.perf_counter()
+        metrics, logged, clock = None, step, time.perf_counter()
         for step in tqdm(range(logged + 1, args.num_steps + 1), desc=SCRIPT, disable=None):
             # The learning rate is constant at first, then falls linearly to zero.
             rate = min(1.0, (args.num_steps - step + 1) / ((0.4 if toy else 0.7) * args.num_steps))
@@ -486,10 +482,11 @@ def train(args: Args) -> Path:
                 row = {"loss_c": loss_c.item(), "loss_g": loss_g.item(), "w1": w1.item()}
                 row["critic_std"] = f_real.std(correction=0).item()
                 log(row | {"steps_per_second": (step - logged) / elapsed})
-                if step % args.eval_every == 0 and step < args.num_steps:
-                    evaluate()
+                if step % args.eval_every == 0 or step == args.num_steps:
+                    metrics = evaluate()
                 checkpoint = {name: part.state_dict() for name, part in parts.items()}
-                checkpoint |= {"script": SCRIPT, "args": vars(args), "progress": (step, seconds, run_id)}
+                checkpoint |= {"script": SCRIPT, "args": vars(args)}
+                checkpoint["progress"] = step, seconds, run_id, rows
                 checkpoint |= {"rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state_all()}
                 replace_file(folder / "checkpoint.pt", partial(torch.save, checkpoint))
                 logged, clock = step, time.perf_counter()
@@ -497,14 +494,16 @@ def train(args: Args) -> Path:
                 break
 
         if step < args.num_steps:
-            save_curves(folder)
+            save_curves(folder / "curves.png", rows)
             command = shlex.join(["python", f"{SCRIPT}.py", f"--resume={folder}"])
             tqdm.write(f"stopped after step {step}; go on with: {command}")
             raise SystemExit(128 + signals[0])
-        results = evaluate() | {"real": measure(data), "steps": step, "seconds": seconds}
+        if metrics is None:  # the run was done already
+            metrics = evaluate()
+        results = metrics | {"real": measure(data), "steps": step, "seconds": seconds}
         results |= {"device": args.device, "torch": torch.__version__, "args": vars(args)}
         replace_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
-        save_curves(folder)
+        save_curves(folder / "curves.png", rows)
         print(folder)
         return folder
 

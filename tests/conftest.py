@@ -109,20 +109,18 @@ def start_cli(tmp_path):
         command.process.kill()
 
 
-def draw_few_pixels(folder: Path, rows: list[dict] | None = None) -> None:
-    """plot_curves or save_curves, without what takes a second."""
-    if rows is None or rows:
-        Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).save(folder / "curves.png")
+def draw_few_pixels(path: Path, rows: list[dict]) -> None:
+    """save_curves, without what takes a second."""
+    Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).save(path)
 
 
 @pytest.fixture(autouse=True)
 def few_pixels(request, monkeypatch):
     """Scripts that run in this process draw no true curves, but for tests with the mark `curves`."""
     if not request.node.get_closest_marker("curves"):
-        scripts = [sys.modules[path.stem] for path in ROOT.glob("*.py") if path.stem in sys.modules]
-        for script in scripts:
-            name = "plot_curves" if hasattr(script, "plot_curves") else "save_curves"
-            monkeypatch.setattr(script, name, draw_few_pixels)
+        for path in ROOT.glob("*.py"):
+            if path.stem in sys.modules:
+                monkeypatch.setattr(sys.modules[path.stem], "save_curves", draw_few_pixels)
 
 
 @pytest.fixture(autouse=True)

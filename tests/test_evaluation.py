@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import gmgan_mnist
 import mmd_gan
+import sgan_mnist
 import sinkhorn_gan
-from gmgan_mnist import average
-from mmd_gan import load_images
-
-# The first edition's definitions, and the second's
-EDITIONS = pytest.mark.parametrize("script", [gmgan_mnist, mmd_gan], ids=["first", "second"])
+from mmd_gan import frechet_distance, load_images, precision_recall
 
 
 def points(n, d, seed=0):
@@ -25,29 +23,25 @@ def points(n, d, seed=0):
 # Images
 
 
-@EDITIONS
-def test_frechet_distance_of_equal_sets_is_zero(script):
+def test_frechet_distance_of_equal_sets_is_zero():
     x = points(200, 5)
-    assert script.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
-    assert script.frechet_distance(x.float(), x.float()) == pytest.approx(0, abs=1e-4)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(x.float(), x.float()) == pytest.approx(0, abs=1e-4)
 
 
-@EDITIONS
-def test_frechet_distance_of_a_shift_is_its_square(script):
+def test_frechet_distance_of_a_shift_is_its_square():
     x = points(200, 5)
-    assert script.frechet_distance(x, x + torch.tensor([3.0, 0, 0, 4.0, 0])) == pytest.approx(25, rel=1e-6)
+    assert frechet_distance(x, x + torch.tensor([3.0, 0, 0, 4.0, 0])) == pytest.approx(25, rel=1e-6)
 
 
-@EDITIONS
-def test_frechet_distance_of_a_scale(script):
+def test_frechet_distance_of_a_scale():
     """With covariances C and s^2 C the distance is (s - 1)^2 trace C, at equal means."""
     x = points(200, 5)
     x = x - x.mean(0)
-    assert script.frechet_distance(x, 3 * x) == pytest.approx(4 * x.T.cov().trace().item(), rel=1e-6)
+    assert frechet_distance(x, 3 * x) == pytest.approx(4 * x.T.cov().trace().item(), rel=1e-6)
 
 
-@EDITIONS
-def test_frechet_distance_against_matrix_square_root(script):
+def test_frechet_distance_against_matrix_square_root():
     """Heusel et al. 2017, eq. 6, with the root of the product taken by eigenvalues of a symmetric matrix."""
     x, y = (points(300, 6, s) @ points(6, 6, s + 2) + s for s in (0, 1))
     (mean_x, cov_x), (mean_y, cov_y) = ((v.numpy().mean(0), np.cov(v.numpy(), rowvar=False)) for v in (x, y))
@@ -55,15 +49,14 @@ def test_frechet_distance_against_matrix_square_root(script):
     root_x = vectors * np.sqrt(values) @ vectors.T
     trace = np.sqrt(np.linalg.eigvalsh(root_x @ cov_y @ root_x)).sum()
     expected = ((mean_x - mean_y) ** 2).sum() + np.trace(cov_x) + np.trace(cov_y) - 2 * trace
-    assert script.frechet_distance(x, y) == pytest.approx(expected, rel=1e-8)
-    assert script.frechet_distance(y, x) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(y, x) == pytest.approx(expected, rel=1e-8)
 
 
-@EDITIONS
-def test_frechet_distance_of_features_that_are_constant(script):
+def test_frechet_distance_of_features_that_are_constant():
     """A feature that never fires makes the covariance singular."""
     x = points(100, 4) * torch.tensor([1.0, 1.0, 0.0, 0.0])
-    assert script.frechet_distance(x, x + 1) == pytest.approx(4, rel=1e-6)
+    assert frechet_distance(x, x + 1) == pytest.approx(4, rel=1e-6)
 
 
 def brute_precision_recall(real, fake, k):
@@ -84,36 +77,24 @@ def brute_precision_recall(real, fake, k):
 
 
 @pytest.mark.parametrize("k", [1, 3])
-@EDITIONS
-def test_precision_recall_against_a_loop(script, k):
+def test_precision_recall_against_a_loop(k):
     real, fake = points(30, 3), 0.7 * points(25, 3, 1) + 1
     expected = brute_precision_recall(real, fake, k)
     assert all(0 < v < 1 for v in expected)
-    assert script.precision_recall(real, fake, k) == pytest.approx(expected, abs=1e-6)
+    assert precision_recall(real, fake, k) == pytest.approx(expected, abs=1e-6)
 
 
-@EDITIONS
-def test_precision_recall_of_known_sets(script):
+def test_precision_recall_of_known_sets():
     real = points(60, 2)
     left = real[real[:, 0] < real[:, 0].median()]
-    assert tuple(script.precision_recall(real, real)) == (1, 1)
-    assert tuple(script.precision_recall(real, real + 100)) == (0, 0)
-    precision, recall = script.precision_recall(real, left)
+    assert tuple(precision_recall(real, real)) == (1, 1)
+    assert tuple(precision_recall(real, real + 100)) == (0, 0)
+    precision, recall = precision_recall(real, left)
     assert precision == 1 and 0.4 < recall < 0.8
 
 
-@EDITIONS
-def test_precision_recall_in_blocks(script):
-    """More than a block of 1,000 points: each block sees all the others."""
-    real, fake = points(1100, 2), points(1050, 2, 1)
-    near = torch.cdist(fake, real) <= torch.cdist(real, real).sort(1).values[:, 3]
-    far = torch.cdist(real, fake) <= torch.cdist(fake, fake).sort(1).values[:, 3]
-    expected = [v.any(1).double().mean().item() for v in (near, far)]
-    assert script.precision_recall(real, fake) == pytest.approx(expected, abs=2e-3)
-
-
 def test_image_metrics_of_class_shares():
-    """Class shares and their KL divergence from those of the labels, by a judge that reads the top left."""
+    """Of a classifier that reads the top left."""
 
     class Features(nn.Module):
         def forward(self, images):
@@ -126,44 +107,37 @@ def test_image_metrics_of_class_shares():
 
     judge = nn.Sequential(Features(), Classes())
     images = torch.randint(256, (100, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    labels = torch.arange(100) % 10
     fake, real = images.clone(), images.clone()
     fake[:, 0, 0] = torch.arange(100) % 5  # only half of the classes
-    metrics = gmgan_mnist.image_metrics(judge, fake, real, labels)
-    assert metrics["class_shares"] == [0.2] * 5 + [0.0] * 5
-    assert metrics["class_kl"] == pytest.approx(math.log(2))
+    metrics = mmd_gan.image_metrics(fake, real, judge)
+    assert metrics["class_shares"] == pytest.approx([0.2] * 5 + [0.0] * 5)
     assert {"fid", "precision", "recall"} < metrics.keys()
-    fake[:, 0, 0] = real[:, 0, 0] = labels.to(torch.uint8)
-    same = gmgan_mnist.image_metrics(judge, gmgan_mnist.to_float(fake), real, labels)
-    assert same["class_kl"] == pytest.approx(0, abs=1e-12) and same["precision"] == 1
-    assert same["fid"] == pytest.approx(0, abs=1e-4)
+    same = mmd_gan.image_metrics(mmd_gan.to_float(fake), fake, judge)
+    assert same["precision"] == same["recall"] == 1 and same["fid"] == pytest.approx(0, abs=1e-4)
 
 
-def test_judge_is_reproducible_and_leaves_the_random_state_alone():
+def test_classifier_is_made_once_for_its_images(tmp_path, capsys):
     images, labels, _, _ = load_images("digits", "", "test")
-    state = torch.get_rng_state()
-    first, second = (gmgan_mnist.train_judge(images[:500], labels[:500], epochs=2) for _ in range(2))
-    assert torch.equal(state, torch.get_rng_state())
-    for a, b in zip(first.state_dict().values(), second.state_dict().values()):
-        assert torch.equal(a, b)
-    features, logits = gmgan_mnist.judge_images(first, images[500:])
-    assert features.shape == (937, 128) and not first.training
-    assert (logits.argmax(1) == labels[500:]).float().mean() > 0.8
+    args = mmd_gan.Args(dataset="digits", run_dir=tmp_path)
+    first = mmd_gan.load_classifier(args, images[:500], labels[:500])
+    assert "training the classifier" in capsys.readouterr().out and not first.training
+    found = first(mmd_gan.to_float(images[500:])).argmax(1)
+    assert (found == labels[500:]).float().mean() > 0.8
+    again = mmd_gan.load_classifier(args, images[:500], labels[:500])
+    assert all(map(torch.equal, again.parameters(), first.parameters())) and capsys.readouterr().out == ""
+    mmd_gan.load_classifier(args, images[500:600], labels[500:600])
+    assert len(list(tmp_path.glob("classifier__*.pt"))) == 2
 
 
-def test_judge_is_kept_and_a_damaged_one_is_made_again(tmp_path, capsys):
-    images, labels, _, _ = load_images("digits", "", "test")
-    args = gmgan_mnist.Args(dataset="digits", run_dir=str(tmp_path))
-    _, first = gmgan_mnist.load_judge(args, images[:300], labels[:300])
-    assert "training the judge" in capsys.readouterr().out
-    _, again = gmgan_mnist.load_judge(args, images[:300], labels[:300])
-    assert again == first and capsys.readouterr().out == ""
-    (path,) = tmp_path.glob("judge__digits__*.pt")
-    path.write_bytes(path.read_bytes()[:1000])
-    _, again = gmgan_mnist.load_judge(args, images[:300], labels[:300])
-    assert again == first and "training the judge" in capsys.readouterr().out
-    _, other = gmgan_mnist.load_judge(args, images[300:600], labels[300:600])
-    assert other != first and len(list(tmp_path.glob("judge__*.pt"))) == 2
+def test_cluster_metrics():
+    """Ten clusters are matched to one class each; of more, each counts as its commonest class."""
+    labels = torch.arange(10).repeat_interleave(10)
+    same = gmgan_mnist.cluster_metrics(labels, 9 - labels)
+    assert same == {"cluster_accuracy": 1.0, "cluster_nmi": pytest.approx(1)}
+    assert gmgan_mnist.cluster_metrics(labels, labels // 2)["cluster_accuracy"] == 0.5
+    finer = 2 * labels + torch.arange(100) % 2
+    assert gmgan_mnist.cluster_metrics(labels, finer)["cluster_accuracy"] == 1.0
+    assert gmgan_mnist.cluster_metrics(labels, torch.zeros_like(labels))["cluster_nmi"] == pytest.approx(0)
 
 
 # Toys
@@ -234,19 +208,21 @@ def test_toys_have_the_moments_of_its_modes(dataset):
 
 
 def test_average_against_a_hand_computation():
-    """The first update copies; update i + 1 keeps min(decay, (1 + i) / (10 + i)) of the average."""
+    """The first update copies; update i + 1 keeps min(0.999, (1 + i) / (10 + i)) of the average."""
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
-    averaged = average(model, 0.25)
-    values, expected = [3.0, 1.0, -2.0, 5.0, 0.5], None
-    for i, value in enumerate(values):
+    averaged = AveragedModel(model, multi_avg_fn=sgan_mnist.move_average, use_buffers=True)
+    expected = None
+    for i, value in enumerate([3.0, 1.0, -2.0, 5.0, 0.5]):
         nn.init.constant_(model[0].weight, value)
         model[1].running_mean.fill_(10 * value)
         averaged.update_parameters(model)
-        keep = min(0.25, (1 + i) / (10 + i)) if i else 0.0
+        keep = (1 + i) / (10 + i) if i else 0.0
         expected = value if expected is None else keep * expected + (1 - keep) * value
         assert averaged.module[0].weight.item() == pytest.approx(expected, rel=1e-6)
         assert averaged.module[1].running_mean.item() == pytest.approx(10 * expected, rel=1e-6)
-    assert min(0.25, 2 / 11) == 2 / 11 and min(0.25, 5 / 14) == 0.25  # both sides of the minimum were used
+    averages, count = [torch.zeros(1)], torch.tensor(10**6)
+    sgan_mnist.move_average(averages, [torch.ones(1)], count)
+    assert averages[0].item() == pytest.approx(0.001)
 
 
 # Data
@@ -284,7 +260,8 @@ def test_idx_files_are_read_as_they_were_written(tiny_mnist):
     assert not torch.equal(sets[0][0], sets[1][0])
 
 
-def test_batches_and_scales():
+def test_scales():
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1).expand(2, 28, 28)
-    batch = gmgan_mnist.draw_batch(images, 50)
-    assert batch.shape == (50, 1, 28, 28) and set(batch.unique().tolist()) == {-1.0, 1.0}
+    batch = mmd_gan.to_float(images)
+    assert batch.shape == (2, 1, 28, 28) and set(batch.unique().tolist()) == {-1.0, 1.0}
+    assert mmd_gan.to_float(batch) is batch

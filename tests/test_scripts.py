@@ -2,24 +2,18 @@
 
 import ast
 import functools
-import importlib
 import json
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import forked
 import pytest
-import torch
 from conftest import ROOT, environment
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
-NEW = ["mmd_gan.py", "sinkhorn_gan.py", "wgan_gp.py"]  # of a second edition, with definitions of their own
-OLD = [name for name in SCRIPTS if name not in NEW]
-OWN = {"Args", "main", "train"}  # definitions that differ from script to script
-OWN_OF_NEW = OWN | {"make_critic"}  # which returns features, or a value
+OWN = {"Args", "train"}  # definitions that differ from script to script
 
 
 def python(*args, **options) -> subprocess.CompletedProcess:
@@ -54,56 +48,25 @@ def differing(sources: dict[str, str], own: set[str] = OWN) -> list[str]:
 
 
 def test_there_are_scripts():
-    assert {*NEW} < {*SCRIPTS}
+    assert len(SCRIPTS) == 7
 
 
-@pytest.mark.parametrize("names, own", [(OLD, OWN), (NEW, OWN_OF_NEW)], ids=["old", "new"])
-def test_definitions_of_one_name_are_one_text(names, own):
-    assert differing({name: (ROOT / name).read_text(encoding="utf-8") for name in names}, own) == []
+def test_definitions_of_one_name_are_one_text():
+    assert differing({name: (ROOT / name).read_text(encoding="utf-8") for name in SCRIPTS}) == []
 
 
 def test_the_check_of_definitions_can_fail():
-    one = "def f(x):\n    return x\n\n@a\ndef g():\n    pass\n\ndef main():\n    pass\n"
-    assert differing({"a.py": one, "b.py": one.replace("main():\n    pass", "main():\n    f(1)")}) == []
+    one = "def f(x):\n    return x\n\n@a\ndef g():\n    pass\n\ndef train():\n    pass\n"
+    assert differing({"a.py": one, "b.py": one.replace("train():\n    pass", "train():\n    f(1)")}) == []
     assert differing({"a.py": one, "b.py": one.replace("return x", "return  x")}) == [
         "f differs between a.py and b.py"
     ]
     assert differing({"a.py": one, "b.py": one.replace("@a\n", "")}) == ["g differs between a.py and b.py"]
 
 
-@pytest.mark.parametrize("names", [OLD, NEW], ids=["old", "new"])
-def test_all_scripts_start_alike(names):
-    ends = {(ROOT / name).read_text(encoding="utf-8").split("\nif __name__")[1] for name in names}
+def test_all_scripts_start_alike():
+    ends = {(ROOT / name).read_text(encoding="utf-8").split("\ndef parse_args")[1] for name in SCRIPTS}
     assert len(ends) == 1
-
-
-@pytest.mark.parametrize("name", OLD)
-def test_an_interrupt_is_one_line(name, monkeypatch, capsys):
-    """As of Ctrl-C while a judge trains, before the first step."""
-
-    class Interrupted:
-        def __getattr__(self, name):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("tyro.cli", lambda kind: Interrupted())
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / name), run_name="__main__")
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 130 and "interrupted" in line and "--resume" in line
-
-
-TRACKED = {  # in the file of sinkhorn_gan.py is the most; wgan_gp.py is in test_users.py
-    "cyclegan_mnist_usps.py": "--channels 2 --batch-size 4 --num-eval-samples 0",
-}
-
-
-@pytest.mark.parametrize("name", TRACKED)
-def test_track_offline(name, run_cli, tmp_path, tiny_mnist):
-    options = [*TRACKED[name].split(), "--num-steps", 3, "--device", "cpu", "--data-dir", tiny_mnist]
-    env = {"WANDB_MODE": "offline", "WANDB_API_KEY": None, "WANDB_SILENT": "true", "HOME": str(tmp_path)}
-    result = run_cli("--track", *options, env=env, script=name)
-    assert result.returncode == 0, result.stderr
-    assert len(list(tmp_path.glob("runs/wandb/offline-run-*/*.wandb"))) == 1
 
 
 def metadata(name: str) -> str:
@@ -160,39 +123,14 @@ def test_every_option_has_a_line_of_help(name):
         (node, after) for node, after in zip(args.body, args.body[1:]) if isinstance(node, ast.AnnAssign)
     ]
     assert len(fields) > 10
-    if name in NEW:  # whose help is a comment behind the field or above it
-        (help_text,) = re.findall(r"(?s)options ─.*", python(name, "--help").stdout)
-        for field, _ in fields:
-            option = "--" + field.target.id.replace("_", "-")
-            line = next(line for line in help_text.splitlines() if re.search(rf"{option}(,| |$)", line))
-            assert re.search(r"\w{2}", help_text[help_text.index(line) + len(line) :].split("--")[0] + line)
-            source = (ROOT / name).read_text(encoding="utf-8").splitlines()
-            assert "  # " in source[field.lineno - 1] or source[field.lineno - 2].startswith("    # "), option
-        return
-    for field, after in fields:
-        text = isinstance(after, ast.Expr) and ast.literal_eval(after.value)
-        assert text and "\n" not in text, f"{field.target.id} has no line that explains it"
-
-
-@pytest.mark.parametrize("name", OLD)
-def test_checkpoints_that_do_not_fit(name, tmp_path, capsys):
-    """Of another script, without what it needs, or with options that are gone."""
-    script, path = importlib.import_module(name[:-3]), tmp_path / "checkpoint.pt"
-    whole = {"rows": [], "script": script.SCRIPT, "args": {"seed": 1}}
-    version = f"of another version of {script.SCRIPT}, with"
-    cases = {
-        "comes from another, not from": whole | {"script": "another"},
-        "is damaged, not a run's": {"script": script.SCRIPT},
-        f"{version} speed": whole | {"args": {"seed": 1, "speed": 2}},
-        f"{version} no rows": {"script": script.SCRIPT, "args": {"seed": 1}},
-    }
-    for message, state in cases.items():
-        torch.save(state, path)
-        with pytest.raises(SystemExit) as stop:
-            script.load_checkpoint(path)
-        assert stop.value.code == 2 and message in capsys.readouterr().err
-    torch.save(whole, path)
-    assert script.load_checkpoint(path)["args"] == {"seed": 1}
+    # The help is a comment behind the field or above it.
+    (help_text,) = re.findall(r"(?s)options ─.*", help_of(name))
+    for field, _ in fields:
+        option = "--" + field.target.id.replace("_", "-")
+        line = next(line for line in help_text.splitlines() if re.search(rf"{option}(,| |$)", line))
+        assert re.search(r"\w{2}", help_text[help_text.index(line) + len(line) :].split("--")[0] + line)
+        source = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        assert "  # " in source[field.lineno - 1] or source[field.lineno - 2].startswith("    # "), option
 
 
 @pytest.mark.parametrize("command", [("check", "."), ("format", "--check", ".")])
@@ -207,7 +145,6 @@ def test_the_loss_section_can_be_copied_away(name):
     """With the imports at the file's top, and nothing else, every name in it is known."""
     pytest.importorskip("ruff")
     text = (ROOT / name).read_text(encoding="utf-8")
-    text = re.sub(r"(?m)^# -{20,}\n# (.*)\n", r"# ---- \1 ----\n", text)  # as in the second edition
     head, *parts = re.split(r"(?m)^# ---- (.*?) -+\n", text)
     imports = head[head.index("\nimport ") : head.index("\nSCRIPT = ")]
     losses = [section for title, section in zip(parts[::2], parts[1::2]) if title == "Loss"]
@@ -281,12 +218,17 @@ def loose_options(text: str) -> set[str]:
 
 
 @functools.cache
-def help_options(script: str) -> frozenset[str]:
-    """The options in a script's --help."""
+def help_of(script: str) -> str:
+    """What a script's --help prints."""
     command = [str(ROOT / script), "--help"]
     result = forked.Command(forked.run_script, *command, folder=ROOT, env=environment(None)).finish()
     assert result.returncode == 0, result.stderr
-    return frozenset(re.findall(r"--[a-z][\w-]*", result.stdout))
+    return result.stdout
+
+
+def help_options(script: str) -> set[str]:
+    """The options in it."""
+    return {*re.findall(r"--[a-z][\w-]*", help_of(script))}
 
 
 def test_readme_names_files_that_exist():
@@ -299,7 +241,7 @@ def test_readme_shows_options_that_exist():
     shown = shown_options(readme())
     assert ("mmd_gan.py", "--dataset") in shown
     assert sorted((s, o) for s, o in shown if o not in help_options(s)) == []
-    known = frozenset().union(*map(help_options, {*SCRIPTS, *(script for script, _ in shown)}))
+    known = set().union(*map(help_options, {*SCRIPTS, *(script for script, _ in shown)}))
     assert sorted(loose_options(readme()) - known) == []
 
 
