@@ -50,7 +50,8 @@ from tqdm import tqdm
 
 SCRIPT = "gmgan_mnist"
 PRESETS = {"dataset": {"digits": {"num_steps": 1500, "eval_every": 500}}}
-MAY_BE_ZERO = ("seed", "generate", "num_eval_samples", "gamma", "component_weight", "truncation")
+MAY_BE_ZERO = ("seed", "generate", "num_eval_samples", "gamma", "truncation")
+MAY_BE_ZERO += ("component_weight", "naming_weight")
 
 
 class UserError(ValueError):
@@ -86,7 +87,8 @@ class Args:
     sigma: float = 1.5  # standard deviation of a component, at first if it trains
     loss: Literal["relativistic", "non-saturating"] = "relativistic"  # logits compared in pairs, or with zero
     gamma: float = 0.2  # half of it weighs each penalty on the discriminator's slope, at real and at fake
-    component_weight: float = 1.0  # weight of the terms of the head that names components
+    component_weight: float = 1.0  # weight of the head that names components, in the discriminator's loss
+    naming_weight: float = 0.1  # weight of its term in the generator's: higher, fewer but clearer images
     learning_rate: float = 2e-3  # of both networks; it falls to zero in the last part of the run
 
     def __init__(self, **options):
@@ -522,13 +524,13 @@ def train(args: Args) -> Path:
             loss_d.backward(inputs=list(discriminator.parameters()))
             optimizer_d.step()
 
-            # Generator and mixture minimise  softplus(l(x) - l(G(z))) - w log q(k | G(z)).
+            # Generator and mixture minimise  softplus(l(x) - l(G(z))) - v log q(k | G(z)).
             with torch.no_grad():
                 l_real = discriminator(real)[:, 0]
             d_fake = discriminator(fake)
             _, loss_g = losses(l_real, d_fake[:, 0])
             if args.component_weight and k > 1:
-                loss_g = loss_g + args.component_weight * F.cross_entropy(d_fake[:, 1:], components)
+                loss_g = loss_g + args.naming_weight * F.cross_entropy(d_fake[:, 1:], components)
             optimizer_g.zero_grad()
             loss_g.backward(inputs=trained)
             optimizer_g.step()
