@@ -143,7 +143,7 @@ def state_of_the_process() -> dict:
 def test_the_process_is_left_as_it_was(script, end, tiny, monkeypatch):
     torch.set_deterministic_debug_mode("default")
     torch.manual_seed(77)
-    args, before = tiny(script), state_of_the_process()
+    args, before = tiny(script, num_eval_samples=0), state_of_the_process()
     if end == "returns":
         script.train(args)
     elif end == "raises":
@@ -346,7 +346,7 @@ def test_tracked_runs(script, tiny, wandb, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lights"):
         patch.setattr(torch.optim.Adam, "step", fail)
         script.train(tiny(script, track=True))
-    args = tiny(script, track=True)
+    args = tiny(script, track=True, num_eval_samples=0)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         signal_at(patch, 2, signal.SIGINT)
         script.train(args)
