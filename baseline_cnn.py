@@ -12,7 +12,8 @@ Both draw the same labelled images for the same --num-labels and --label-seed, a
     python baseline_cnn.py --num-labels 60000 --augment     # all labels
     python baseline_cnn.py --resume runs/<run>              # go on where it stopped
 
-HEADLINE
+The default gets 90.0% of MNIST's test images right from 100 labels, in a minute on one CPU core, and 95.1%
+with --augment (means of 5 draws; results/sgan_mnist.md).
 """
 
 import json
@@ -76,9 +77,6 @@ class Args:
         set_options(self, options)
         if self.batch_size < 2:
             raise UserError("batch_size must be at least 2, for batch normalisation")
-        self.num_steps = self.num_steps or max(500, math.ceil(10 * self.num_labels / self.batch_size))
-        self.eval_every = self.eval_every or math.ceil(self.num_steps / 5)
-        self.label_seed = self.label_seed or self.seed
 
 
 def set_options(args, options: dict) -> None:
@@ -235,8 +233,7 @@ def make_classifier(channels: int) -> nn.Sequential:
         nn.Dropout(),
         nn.Linear(4 * c, 10),
     )
-    # Black becomes 0. With -1 the first layer's means are large, and their averages, which lag behind the
-    # weights, spoil an averaged network.
+    # Black becomes 0: with -1 the first layer's means, which batch normalisation averages, would be large.
     network[0].register_forward_pre_hook(lambda layer, inputs: inputs[0] + 1)
     return network.to(memory_format=torch.channels_last)  # half the time of a step on a CPU
 
@@ -260,12 +257,14 @@ def train(args: Args) -> Path:
         torch.set_deterministic_debug_mode("warn" if args.torch_deterministic else "default")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without, cuBLAS is not deterministic
         x, y, x_eval, y_eval = load_images(args.dataset, args.data_dir, args.eval_split)
-        labelled, _ = split_labels(y, args.num_labels, args.label_seed)
+        labelled, _ = split_labels(y, args.num_labels, args.label_seed or args.seed)
         x, y, x_eval, y_eval = (v.to(args.device) for v in (x[labelled], y[labelled], x_eval, y_eval))
         torch.manual_seed(args.seed)
         network = make_classifier(args.channels).to(args.device)
         averaged = AveragedModel(network, multi_avg_fn=move_average, use_buffers=True)
         optimizer = torch.optim.Adam(network.parameters(), fused=True)
+        num_steps = args.num_steps or max(500, math.ceil(10 * args.num_labels / args.batch_size))
+        eval_every = args.eval_every or math.ceil(num_steps / 5)
         parts = {"network": network, "averaged": averaged, "optimizer": optimizer}
 
         # A new run folder, or that of the run to go on with
@@ -324,26 +323,26 @@ def train(args: Args) -> Path:
                 before = signal.signal(number, lambda number, frame: signals.append(number))
                 stack.callback(signal.signal, number, before)
         metrics, logged, clock = None, step, time.perf_counter()
-        for step in tqdm(range(logged + 1, args.num_steps + 1), desc=SCRIPT, disable=None):
+        for step in tqdm(range(logged + 1, num_steps + 1), desc=SCRIPT, disable=None):
             index = torch.randint(len(x), (args.batch_size,), device=args.device)
             images = to_float(x[index])
             if args.augment:
                 images = augment(images)
             loss = F.cross_entropy(network(images), y[index])
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.num_steps)
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / num_steps)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             averaged.update_parameters(network)
 
-            last = bool(signals) or step == args.num_steps
-            if last or step % args.log_every == 0 or step % args.eval_every == 0:
+            last = bool(signals) or step == num_steps
+            if last or step % args.log_every == 0 or step % eval_every == 0:
                 if not all(p.isfinite().all() for p in (loss, *averaged.parameters())):
                     raise UserError(f"loss or weights are not finite at step {step}: lower the learning rate")
                 elapsed = time.perf_counter() - clock
                 seconds += elapsed
                 log({"loss": loss.item(), "steps_per_second": (step - logged) / elapsed})
-                if step % args.eval_every == 0 or step == args.num_steps:
+                if step % eval_every == 0 or step == num_steps:
                     metrics = evaluate()
                 checkpoint = {name: part.state_dict() for name, part in parts.items()}
                 checkpoint |= {"script": SCRIPT, "args": vars(args)}
@@ -354,7 +353,7 @@ def train(args: Args) -> Path:
             if last:
                 break
 
-        if step < args.num_steps:
+        if step < num_steps:
             save_curves(folder / "curves.png", rows)
             command = shlex.join(["python", f"{SCRIPT}.py", f"--resume={folder}"])
             tqdm.write(f"stopped after step {step}; go on with: {command}")

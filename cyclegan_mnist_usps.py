@@ -21,7 +21,8 @@ scaled to 20 pixels and centred by mass, as MNIST was made; an average of the ge
     python cyclegan_mnist_usps.py --resume runs/<run> --generate 1000 --direction usps2mnist
     python cyclegan_mnist_usps.py --resume runs/<run> --input my-pictures/ --direction mnist2usps
 
-HEADLINE
+The default run takes 13 minutes on one CPU core: 97.5% and 97.1% of the digits survive, to USPS and to MNIST
+(one seed; results/cyclegan_mnist_usps.md has the rest).
 """
 
 import json
@@ -347,8 +348,7 @@ def make_classifier(channels: int) -> nn.Sequential:
         nn.Dropout(),
         nn.Linear(4 * c, 10),
     )
-    # Black becomes 0. With -1 the first layer's means are large, and their averages, which lag behind the
-    # weights, spoil an averaged network.
+    # Black becomes 0: with -1 the first layer's means, which batch normalisation averages, would be large.
     network[0].register_forward_pre_hook(lambda layer, inputs: inputs[0] + 1)
     return network.to(memory_format=torch.channels_last)  # half the time of a step on a CPU
 

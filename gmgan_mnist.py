@@ -20,7 +20,8 @@ component that an image is of: so components differ, and the head clusters real 
     python gmgan_mnist.py --resume runs/<run> --generate 1000  # draw samples
     python gmgan_mnist.py --resume runs/<run> --generate 100 --component 3 --truncation 0.7
 
-HEADLINE
+The default run takes 21 minutes on one CPU core: fid 1.7, 1.9 times that of real images, precision 0.81 and
+recall 0.65; 89% of the test images fall to the cluster of their digit (one seed; results/gmgan_mnist.md).
 """
 
 import json
@@ -88,7 +89,7 @@ class Args:
     loss: Literal["relativistic", "non-saturating"] = "relativistic"  # logits compared in pairs, or with zero
     gamma: float = 0.2  # half of it weighs each penalty on the discriminator's slope, at real and at fake
     component_weight: float = 1.0  # weight of the head that names components, in the discriminator's loss
-    naming_weight: float = 0.1  # weight of its term in the generator's: higher, fewer but clearer images
+    naming_weight: float = 1.0  # weight of its term in the generator's loss, which trades recall for clarity
     learning_rate: float = 2e-3  # of both networks; it falls to zero in the last part of the run
 
     def __init__(self, **options):

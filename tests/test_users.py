@@ -617,3 +617,21 @@ def test_bad_options_of_the_command(script, options, texts, run_cli, tmp_path):
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert all(text in result.stderr for text in texts), result.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@each((baseline_cnn, sgan_mnist))
+def test_the_command_draws_the_labels_of_its_seed(script, tiny, monkeypatch):
+    """What follows from other options is not fixed by the defaults that the command line is read with."""
+    drawn = []
+
+    def stop(labels, num_labels, label_seed):
+        drawn.append(label_seed)
+        raise script.UserError("enough")
+
+    monkeypatch.setattr(script, "split_labels", stop)
+    for options in (["--seed", "3"], ["--seed", "3", "--label-seed", "5"]):
+        args = script.parse_args([*options, "--dataset", "digits"])
+        assert args.seed == 3 and args == script.Args(seed=3, label_seed=args.label_seed, dataset="digits")
+        with pytest.raises(script.UserError, match="enough"):
+            script.train(args)
+    assert drawn == [3, 5]
