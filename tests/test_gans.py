@@ -45,7 +45,7 @@ ALL = each(SCRIPTS.values())
 @pytest.fixture(autouse=True)
 def short_classifiers(monkeypatch):
     """The classifiers of translations learn for two steps."""
-    monkeypatch.setattr(cyclegan_mnist_usps.train_classifier, "__defaults__", (None, 2))
+    monkeypatch.setattr(cyclegan_mnist_usps.train_classifier, "__defaults__", (None, 0, 2))
 
 
 def small_args(script, options: dict):
