@@ -145,7 +145,8 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> list[Tensor]:
                 parts += [part.data, part.targets]
         except Exception as error:
             where = f"{Path(data_dir, name, 'raw')}: {error!r:.200}"
-            raise UserError(f"no {dataset} in {where}; try another --data-dir or --dataset digits") from error
+            other = "another --data-dir or, if the script has it, --dataset digits"
+            raise UserError(f"no {dataset} in {where}; try {other}") from error
     if eval_split == "validation":
         n = len(parts[0]) * 5 // 6
         parts = [parts[0][:n], parts[1][:n], parts[0][n:], parts[1][n:]]
