@@ -1,7 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision>=0.21", "tyro>=1.0.17", "wandb>=0.30", "numpy>=1.26",
-#                 "tqdm>=4.66", "matplotlib>=3.8", "scikit-learn>=1.4"]
+# dependencies = ["torch", "torchvision", "tyro", "wandb", "numpy", "tqdm", "matplotlib", "scikit-learn"]
 # ///
 """Gaussian-mixture GAN: the latent is a mixture of K Gaussians, and a component becomes a kind of image.
 
@@ -32,7 +31,6 @@ import signal
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -146,9 +144,7 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> list[Tensor]:
                     raise ValueError(f"needed are 28 x 28 images of classes 0 to 9, not {part.data.shape}")
                 parts += [part.data, part.targets]
         except Exception as error:
-            where = f"{Path(data_dir, name, 'raw')}: {error!r:.200}"
-            other = "another --data-dir or, if the script has it, --dataset digits"
-            raise UserError(f"no {dataset} in {where}; try {other}") from error
+            raise UserError(f"no {dataset} in {Path(data_dir, name, 'raw')}: {error!r:.200}") from error
     if eval_split == "validation":
         n = len(parts[0]) * 5 // 6
         parts = [parts[0][:n], parts[1][:n], parts[0][n:], parts[1][n:]]
@@ -190,8 +186,7 @@ def load_classifier(args, images: Tensor, labels: Tensor) -> nn.Sequential:
         nn.ReLU(),  # the features (b, 128)
         nn.Linear(128, 10),
     ).to(images.device)
-    checksum = zlib.crc32(labels.cpu().numpy(), zlib.crc32(images.cpu().numpy()))
-    path = Path(args.run_dir, f"classifier__{args.dataset}__{checksum:08x}.pt")
+    path = Path(args.run_dir, f"classifier__{args.dataset}__{images.sum().item()}.pt")  # of these pixels
     if not path.exists():
         print(f"training the classifier that evaluates samples, once, for {path}", flush=True)
         optimizer = torch.optim.Adam(classifier.parameters())
@@ -426,10 +421,10 @@ def train(args: Args) -> Path:
         parts |= {"optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
 
         # A new run folder, or that of the run to go on with
-        folder = Path(args.run_dir, f"{args.exp_name}__{args.dataset}__{args.seed}__{time.time_ns()}")
+        name = f"{args.exp_name}__{args.dataset}__{args.seed}__{time.time_ns()}"
+        folder = Path(args.resume or Path(args.run_dir, name))
         step, seconds, run_id, rows = 0, 0.0, None, []
         if args.resume:
-            folder = Path(args.resume)
             checkpoint = load_checkpoint(folder)
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
@@ -448,24 +443,17 @@ def train(args: Args) -> Path:
         if args.track:
             import wandb
 
-            wandb_run = wandb.init(
-                project=args.wandb_project_name or os.environ.get("WANDB_PROJECT", "minimal-gans"),
-                entity=args.wandb_entity or None,
-                name=os.environ.get("WANDB_NAME", folder.name),
-                id=run_id,
-                resume="allow",
-                config=vars(args),
-                dir=args.run_dir,
-            )
+            project = args.wandb_project_name or os.environ.get("WANDB_PROJECT", "minimal-gans")
+            names = {"project": project, "name": os.environ.get("WANDB_NAME", folder.name), "id": run_id}
+            names["entity"] = args.wandb_entity or None
+            wandb_run = wandb.init(**names, resume="allow", config=vars(args), dir=args.run_dir)
             stack.push(lambda kind, error, trace: wandb_run.finish(exit_code=int(kind is not None)))
             run_id = wandb_run.id
-
-        def log(row: dict) -> None:
-            rows.append({"step": step} | row)
-            lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
-            replace_file(folder / "metrics.jsonl", lambda path: path.write_text("".join(lines)))
-            if wandb_run:
-                wandb_run.log(row, step=step)
+        signals: list[int] = []  # Ctrl-C or SIGTERM, which end the loop; no other thread can catch them
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(number, lambda number, frame: signals.append(number))
+                stack.callback(signal.signal, number, before)
 
         @torch.no_grad()
         def evaluate() -> dict:
@@ -484,18 +472,12 @@ def train(args: Args) -> Path:
                 metrics |= cluster_metrics(y_eval, torch.cat(found))
                 purity = [classifier(row).argmax(1).bincount().max().item() / 100 for row in rows_of_k]
                 metrics |= {"row_purity": sum(purity) / k, "worst_row": min(purity)}
-            log(metrics)
             if wandb_run:
                 for name in ("samples", "components"):
                     wandb_run.log({name: wandb.Image(str(folder / f"{name}.png"))}, step=step)
             tqdm.write(f"step {step}: {metrics}")
             return metrics
 
-        signals: list[int] = []  # Ctrl-C or SIGTERM, which end the loop; no other thread can catch them
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before = signal.signal(number, lambda number, frame: signals.append(number))
-                stack.callback(signal.signal, number, before)
         metrics, logged, clock = None, step, time.perf_counter()
         losses = {"relativistic": relativistic_losses, "non-saturating": non_saturating_losses}[args.loss]
         for step in tqdm(range(logged + 1, args.num_steps + 1), desc=SCRIPT, disable=None):
@@ -544,15 +526,21 @@ def train(args: Args) -> Path:
                     raise UserError(f"loss or weights are not finite at step {step}: lower the learning rate")
                 elapsed = time.perf_counter() - clock
                 seconds += elapsed
-                row = {"loss_d": loss_d.item(), "loss_g": loss_g.item()}
+                row = {"step": step, "steps_per_second": (step - logged) / elapsed}
+                row |= {"loss_d": loss_d.item(), "loss_g": loss_g.item()}
                 row["logit_std"] = torch.cat((l_real, d_fake[:, 0])).std().item()
                 if args.gamma:
                     row |= {"r1": r1.item(), "r2": r2.item()}
                 if args.component_weight and k > 1:
                     row |= {"named": named.item(), "clusters": clusters.item()}
-                log(row | {"steps_per_second": (step - logged) / elapsed})
                 if step % args.eval_every == 0 or step == args.num_steps:
                     metrics = evaluate()
+                    row |= metrics
+                rows.append(row)
+                lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+                replace_file(folder / "metrics.jsonl", partial(Path.write_text, data=lines))
+                if wandb_run:
+                    wandb_run.log(row, step=step)
                 checkpoint = {name: part.state_dict() for name, part in parts.items()}
                 checkpoint |= {"script": SCRIPT, "args": vars(args)}
                 checkpoint["progress"] = step, seconds, run_id, rows
@@ -562,18 +550,16 @@ def train(args: Args) -> Path:
             if last:
                 break
 
+        save_curves(folder / "curves.png", rows)
         if step < args.num_steps:
-            save_curves(folder / "curves.png", rows)
             command = shlex.join(["python", f"{SCRIPT}.py", f"--resume={folder}"])
             tqdm.write(f"stopped after step {step}; go on with: {command}")
             raise SystemExit(128 + signals[0])
-        if metrics is None:  # the run was done already
-            metrics = evaluate()
+        metrics = evaluate() if metrics is None else metrics  # None: the run was done already
         results = metrics | {"steps": step, "seconds": seconds}
         results["real"] = image_metrics(data[:n], x_eval[:n], classifier) if n else {}
         results |= {"device": args.device, "torch": torch.__version__, "args": vars(args)}
-        replace_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
-        save_curves(folder / "curves.png", rows)
+        replace_file(folder / "results.json", partial(Path.write_text, data=json.dumps(results, indent=2)))
         print(folder)
         return folder
 

@@ -1,7 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision>=0.21", "tyro>=1.0.17", "wandb>=0.30", "numpy>=1.26",
-#                 "tqdm>=4.66", "matplotlib>=3.8", "scikit-learn>=1.4"]
+# dependencies = ["torch", "torchvision", "tyro", "wandb", "numpy", "tqdm", "matplotlib", "scikit-learn"]
 # ///
 """MMD-GAN: a generator that matches the data in the eyes of a kernel, and a critic that sharpens the kernel.
 
@@ -30,7 +29,6 @@ import signal
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -56,7 +54,7 @@ RING = {"num_steps": 20_000, "eval_every": 4000, "bandwidths": tuple(0.01 * 2**i
 GRID = {"num_steps": 45_000, "eval_every": 9000, "bandwidths": tuple(0.05 * 2**i for i in range(7))}
 DIGITS = {"num_steps": 1500, "eval_every": 500}
 PRESETS = {"dataset": {"digits": DIGITS, "ring": TOY | RING, "grid": TOY | GRID}}
-MAY_BE_ZERO = ("seed", "generate", "num_eval_samples", "penalty_weight")
+MAY_BE_ZERO = ("seed", "generate", "num_eval_samples")
 
 
 class UserError(ValueError):
@@ -91,8 +89,6 @@ class Args:
     kernel: Literal["rational_quadratic", "gaussian"] = "rational_quadratic"
     bandwidths: tuple[float, ...] = (1.0, 2.0, 4.0)  # exponents of rational quadratics, widths of Gaussians
     loss: Literal["repulsive", "attractive"] = "repulsive"  # of the critic: k_xx - k_yy, or -MMD^2
-    penalty_weight: float = 0.0  # weight of the penalty on the gradient of the witness function
-    spectral_norm: bool = True  # divide the critic's weight matrices by their spectral norms
     lr_generator: float = 3e-3  # learning rate, which falls to zero in the last part of the run
     lr_critic: float = 2e-3  # likewise
 
@@ -102,8 +98,6 @@ class Args:
             raise UserError("--generate needs --resume, the folder of the run that draws the samples")
         if not all(type(s) is float and 0 < s < math.inf for s in self.bandwidths or [0]):
             raise UserError(f"bandwidths must be positive floats, not {self.bandwidths}")
-        if self.encoder == "none" and self.penalty_weight:
-            raise UserError("--penalty-weight needs a critic: it does not go with --encoder none")
         if self.batch_size < 2:
             raise UserError("batch_size must be at least 2: a kernel mean is one over pairs")
 
@@ -154,23 +148,40 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> list[Tensor]:
                     raise ValueError(f"needed are 28 x 28 images of classes 0 to 9, not {part.data.shape}")
                 parts += [part.data, part.targets]
         except Exception as error:
-            where = f"{Path(data_dir, name, 'raw')}: {error!r:.200}"
-            other = "another --data-dir or, if the script has it, --dataset digits"
-            raise UserError(f"no {dataset} in {where}; try {other}") from error
+            raise UserError(f"no {dataset} in {Path(data_dir, name, 'raw')}: {error!r:.200}") from error
     if eval_split == "validation":
         n = len(parts[0]) * 5 // 6
         parts = [parts[0][:n], parts[1][:n], parts[0][n:], parts[1][n:]]
     return parts
 
 
+def load_toy(dataset: str) -> tuple[Tensor, Callable[[Tensor], dict]]:
+    """Return points (n, 2) of the ring or grid of VEEGAN (2017) and PacGAN (2018), and their metrics."""
+    angle = torch.arange(8) * (math.pi / 4)
+    modes, std = torch.stack((angle.cos(), angle.sin()), 1), 0.01
+    if dataset == "grid":
+        modes, std = torch.cartesian_prod(*[torch.arange(-4.0, 5.0, 2.0)] * 2), 0.05
+    rng = torch.Generator().manual_seed(0)  # the same points in every run
+    points = modes[torch.randint(len(modes), (100_000,), generator=rng)]
+    points += std * torch.randn(points.shape, generator=rng)
+
+    def measure(samples: Tensor) -> dict:
+        """Return modes covered, share of samples within 3 std of a mode, and the modes' KL to uniform."""
+        distance, nearest = torch.cdist(samples.cpu(), modes).min(1)
+        good = distance <= 3 * std
+        shares = nearest.bincount(minlength=len(modes)) / len(samples)
+        kl = torch.xlogy(shares, shares * len(modes)).sum().item()
+        covered = len(nearest[good].unique())
+        return {"modes": covered, "high_quality": good.float().mean().item(), "mode_kl": kl}
+
+    return points, measure
+
+
 def load_data(args) -> tuple[Tensor, Callable[[Tensor], dict]]:
-    """Return the training samples, on the device, and the function that evaluates generated ones."""
+    """Return the training samples, on the device, and the function that measures generated ones."""
     if args.dataset in ("ring", "grid"):
-        modes, std = toy_modes(args.dataset)
-        rng = torch.Generator().manual_seed(0)  # the same points in every run
-        points = modes[torch.randint(len(modes), (100_000,), generator=rng)]
-        points += std * torch.randn(points.shape, generator=rng)
-        return points.to(args.device), partial(toy_metrics, modes=modes, std=std)
+        points, measure = load_toy(args.dataset)
+        return points.to(args.device), measure
     parts = load_images(args.dataset, args.data_dir, args.eval_split)
     images, labels, real, _ = (part.to(args.device) for part in parts)
     n = args.num_eval_samples
@@ -178,14 +189,6 @@ def load_data(args) -> tuple[Tensor, Callable[[Tensor], dict]]:
         return images, lambda samples: {}
     classifier = load_classifier(args, images, labels)
     return images, lambda samples: image_metrics(samples[:n], real[:n], classifier)
-
-
-def toy_modes(dataset: str) -> tuple[Tensor, float]:
-    """Return means (k, 2) and standard deviation of a 2-D mixture, as in VEEGAN (2017) and PacGAN (2018)."""
-    if dataset == "ring":
-        angle = torch.arange(8) * (math.pi / 4)
-        return torch.stack((angle.cos(), angle.sin()), 1), 0.01
-    return torch.cartesian_prod(*[torch.arange(-4.0, 5.0, 2.0)] * 2), 0.05
 
 
 def to_float(batch: Tensor) -> Tensor:
@@ -205,8 +208,7 @@ def load_classifier(args, images: Tensor, labels: Tensor) -> nn.Sequential:
         nn.ReLU(),  # the features (b, 128)
         nn.Linear(128, 10),
     ).to(images.device)
-    checksum = zlib.crc32(labels.cpu().numpy(), zlib.crc32(images.cpu().numpy()))
-    path = Path(args.run_dir, f"classifier__{args.dataset}__{checksum:08x}.pt")
+    path = Path(args.run_dir, f"classifier__{args.dataset}__{images.sum().item()}.pt")  # of these pixels
     if not path.exists():
         print(f"training the classifier that evaluates samples, once, for {path}", flush=True)
         optimizer = torch.optim.Adam(classifier.parameters())
@@ -252,15 +254,6 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> list[float | Non
         near = (torch.cdist(points, others) <= reach).any(1)
         shares.append(near.float().mean().item())
     return shares
-
-
-def toy_metrics(samples: Tensor, modes: Tensor, std: float) -> dict:
-    """Return modes covered, share of samples (n, 2) within 3 std of a mode, and the modes' KL to uniform."""
-    distance, nearest = torch.cdist(samples.cpu(), modes).min(1)
-    good = distance <= 3 * std
-    shares = nearest.bincount(minlength=len(modes)) / len(samples)
-    kl = torch.xlogy(shares, shares * len(modes)).sum().item()
-    return {"modes": len(nearest[good].unique()), "high_quality": good.float().mean().item(), "mode_kl": kl}
 
 
 # ---- Run folder -----------------------------------------------------------------------------------------
@@ -340,7 +333,7 @@ def make_generator(latent_dim: int) -> nn.Sequential:
     return network.to(memory_format=torch.channels_last)  # half the time of a step on a CPU
 
 
-def make_encoder(toy: bool, spectral_norm: bool) -> nn.Sequential:
+def make_encoder(toy: bool) -> nn.Sequential:
     """Return a network from images (b, 1, 28, 28) or points (b, 2) to features (b, 16)."""
     network = nn.Sequential(
         nn.ConstantPad2d(1, -1.0),  # black: a frame of grey, which is 0, would be seen
@@ -355,12 +348,11 @@ def make_encoder(toy: bool, spectral_norm: bool) -> nn.Sequential:
     )
     if toy:
         network = make_mlp(2, 16, nn.LeakyReLU(0.2))
-    if spectral_norm:
-        for layer in network:
-            if hasattr(layer, "weight"):
-                nn.utils.parametrizations.spectral_norm(layer)
-        # The norms bound the features' distances by those of the images: too close for the kernel to tell.
-        network[-1].register_forward_hook(lambda layer, inputs, output: 4 * output)
+    for layer in network:
+        if hasattr(layer, "weight"):
+            nn.utils.parametrizations.spectral_norm(layer)
+    # The norms bound the features' distances by those of the images: too close for the kernel to tell.
+    network[-1].register_forward_hook(lambda layer, inputs, output: 4 * output)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -394,13 +386,31 @@ def kernel_means(
     Raises ValueError for other shapes, dtypes, devices, kernels or bandwidths, and for fewer than two points
     in an unbiased mean. Of points that are not finite the means are NaN.
     """
-    bandwidths, weights = check_kernel(x, y, bandwidths, kernel, weights)
-    if min(len(x), len(y)) < 1 + unbiased:
-        raise ValueError(f"{len(x)} and {len(y)} points are too few")
+    bandwidths = (bandwidths,) if isinstance(bandwidths, int | float) else bandwidths
+    weights = weights if len(weights) else (1.0,) * len(bandwidths)
+    n, m = len(x), len(y)
+    shapes = x.dim() == y.dim() == 2 and x.shape[1] == y.shape[1]
+    if not (shapes and x.dtype == y.dtype in (torch.float32, torch.float64) and x.device == y.device):
+        found = " and ".join(f"{tuple(v.shape)} {v.dtype} on {v.device}" for v in (x, y))
+        raise ValueError(f"x and y must be (n, d) and (m, d), both float32 or both float64, not {found}")
+    if kernel not in ("gaussian", "rational_quadratic"):
+        raise ValueError(f"kernel must be gaussian or rational_quadratic, not {kernel!r}")
+    positive = isinstance(bandwidths, Tensor) or all(0 < s < math.inf for s in bandwidths)
+    if not positive or not 0 < len(bandwidths) == len(weights):
+        raise ValueError(f"bandwidths must be positive, one for each weight, not {bandwidths}, {weights}")
+    if min(n, m) < 1 + unbiased:
+        raise ValueError(f"{n} and {m} points are too few")
     learned = isinstance(bandwidths, Tensor) or isinstance(weights, Tensor)
-    means = dense_means if learned or torch.compiler.is_compiling() else FusedMeans.apply
+    pair_sums = dense_sums if learned or torch.compiler.is_compiling() else PairSums.apply
     with torch.autocast(x.device.type, enabled=False):
-        return means(x, y, bandwidths, kernel, unbiased, weights)
+        z = torch.cat((x, y))
+        z = z - z.detach().mean(0)  # far from the origin digits would be lost
+        sums = pair_sums(z, n, kernel, tuple(zip(bandwidths, weights)))
+        own = 0.0 if unbiased else sum(weights)  # k(z_i, z_i)
+        k_xx = (sums[0, 0] + n * own) / (n * (n - unbiased))
+        k_yy = (sums[1, 1] + m * own) / (m * (m - unbiased))
+        k_xy = sums[0, 1] / (n * m)
+    return k_xx.to(x.dtype), k_yy.to(x.dtype), k_xy.to(x.dtype)
 
 
 def mmd2(x: Tensor, y: Tensor, bandwidths: Mixture, **options) -> Tensor:
@@ -416,96 +426,49 @@ def mmd2(x: Tensor, y: Tensor, bandwidths: Mixture, **options) -> Tensor:
     return value
 
 
-def witness(t: Tensor, x: Tensor, y: Tensor, bandwidths: Mixture, kernel="gaussian", weights=()) -> Tensor:
-    """Return the witness function mean_i k(x_i, t) - mean_j k(y_j, t) at points t (l, d): (l,).
-
-    Gretton et al. 2012, section 2.3, for x (n, d) and y (m, d). Arguments are those of kernel_means.
-    """
-    bandwidths, weights = check_kernel(x, y, bandwidths, kernel, weights)
-    with torch.autocast(t.device.type, enabled=False):
-        k_x = kernel_matrix(t, x, bandwidths, kernel, weights)
-        k_y = kernel_matrix(t, y, bandwidths, kernel, weights)
-    return k_x.mean(1) - k_y.mean(1)
-
-
-def check_kernel(x: Tensor, y: Tensor, bandwidths, kernel, weights) -> tuple:
-    """Return bandwidths and weights as sequences. Raises ValueError as kernel_means says."""
-    bandwidths = (bandwidths,) if isinstance(bandwidths, int | float) else bandwidths
-    weights = weights if len(weights) else (1.0,) * len(bandwidths)
-    shapes = x.dim() == y.dim() == 2 and x.shape[1] == y.shape[1]
-    if not (shapes and x.dtype == y.dtype in (torch.float32, torch.float64) and x.device == y.device):
-        found = " and ".join(f"{tuple(v.shape)} {v.dtype} on {v.device}" for v in (x, y))
-        raise ValueError(f"x and y must be (n, d) and (m, d), both float32 or both float64, not {found}")
-    if kernel not in ("gaussian", "rational_quadratic"):
-        raise ValueError(f"kernel must be gaussian or rational_quadratic, not {kernel!r}")
-    known = isinstance(bandwidths, Tensor) or all(0 < s < math.inf for s in bandwidths)
-    if not known or not 0 < len(bandwidths) == len(weights):
-        raise ValueError(f"bandwidths must be positive, one for each weight, not {bandwidths}, {weights}")
-    return bandwidths, weights
-
-
-def kernel_matrix(x: Tensor, y: Tensor, bandwidths, kernel: str, weights) -> Tensor:
-    """Return k(x_i, y_j) (n, m) for x (n, d) and y (m, d), with derivatives of every order."""
-    center = x.detach().mean(0)  # far from the origin digits would be lost
-    x, y = x - center, y - center
-    t = x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * x @ y.T
+def dense_sums(z: Tensor, n: int, kernel: str, mixture) -> Tensor:
+    """Return the sums (2, 2) of torch_sums by the whole matrix of k, with derivatives of every order."""
+    norms = z.square().sum(1)
+    t = norms[:, None] + norms - 2 * z @ z.T
     t = t + (t.clamp(min=0) - t).detach()  # clamps the value alone
     k = torch.zeros_like(t)
-    for s, weight in zip(bandwidths, weights):
+    for s, weight in mixture:
         exponent = -t / (2 * s * s) if kernel == "gaussian" else -s * (1 + t / (2 * s)).log()
         k = k + weight * exponent.clamp(min=TINY * math.log(2)).exp()
-    return k
+    k = k.tril(-1)  # each pair once, and no point with itself
+    k_xy = k[n:, :n].sum()
+    return torch.stack((2 * k[:n, :n].sum(), k_xy, k_xy, 2 * k[n:, n:].sum())).view(2, 2)
 
 
-def dense_means(x, y, bandwidths, kernel, unbiased, weights) -> tuple[Tensor, Tensor, Tensor]:
-    """Return kernel_means by whole matrices: for learned kernels, torch.compile and second derivatives."""
-    means = []
-    for z in (x, y):
-        n = len(z)
-        total = 2 * kernel_matrix(z, z, bandwidths, kernel, weights).tril(-1).sum()
-        means.append(total / (n * (n - 1)) if unbiased else (total + n * sum(weights)) / n**2)
-    return *means, kernel_matrix(x, y, bandwidths, kernel, weights).mean()
-
-
-class FusedMeans(torch.autograd.Function):
-    """kernel_means by one pass over the pairs of z = (x, y), which makes both the sums and the gradients.
-
-    With W = -2 dk/dt at the squared distance t_ij, the gradient of k(z_i, z_j) in z_i is W_ij (z_j - z_i). A
-    point has no pair with itself: in float32 W_ii z_i - W_ii z_i is not zero.
-    """
+class PairSums(torch.autograd.Function):
+    """The sums (2, 2) of torch_sums, in one pass over the pairs that makes the gradients too."""
 
     @staticmethod
-    def forward(ctx, x, y, bandwidths, kernel, unbiased, weights):
-        n, m = len(x), len(y)
-        z = torch.cat((x, y))
-        z -= z.mean(0)  # far from the origin digits would be lost
+    def forward(ctx, z, n, kernel, mixture):
         on_gpu = z.is_cuda and z.dtype == torch.float32 and find_spec("triton")
-        sums, grads = (triton_sums if on_gpu else torch_sums)(z, n, bandwidths, kernel, weights)
-        own = 0.0 if unbiased else sum(weights)  # k(z_i, z_i)
-        totals = sums[0, 0] + n * own, sums[1, 1] + m * own, sums[0, 1]
-        ctx.counts = n * (n - unbiased), m * (m - unbiased), n * m
-        ctx.options = bandwidths, kernel, unbiased, weights
-        ctx.save_for_backward(x, y, grads)
-        return tuple((total / count).to(x.dtype) for total, count in zip(totals, ctx.counts))
+        sums, grads = (triton_sums if on_gpu else torch_sums)(z, n, kernel, mixture)
+        ctx.options = n, kernel, mixture
+        ctx.save_for_backward(z, grads)
+        return sums
 
     @staticmethod
-    def backward(ctx, g_xx, g_yy, g_xy):
-        x, y, grads = ctx.saved_tensors
+    def backward(ctx, g):
+        z, grads = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: someone wants second derivatives
-            with torch.autocast(x.device.type, enabled=False):
-                _, vjp = torch.func.vjp(lambda x, y: dense_means(x, y, *ctx.options), x, y)
-                return *vjp((g_xx, g_yy, g_xy)), None, None, None, None
-        c_xx, c_yy, c_xy = (g / count for g, count in zip((2 * g_xx, 2 * g_yy, g_xy), ctx.counts))
-        g_x = c_xx * grads[0, : len(x)] + c_xy * grads[1, : len(x)]
-        g_y = c_yy * grads[1, len(x) :] + c_xy * grads[0, len(x) :]
-        return g_x, g_y, None, None, None, None
+            with torch.autocast(z.device.type, enabled=False):
+                _, vjp = torch.func.vjp(lambda z: dense_sums(z, *ctx.options), z)
+                return *vjp(g.to(z.dtype)), None, None, None
+        side = (torch.arange(len(z), device=z.device) >= ctx.options[0]).long()  # 0 in x, 1 in y
+        factors = (g + g.T).to(z.dtype)[:, side]  # (2, n + m)
+        return (factors[..., None] * grads).sum(0), None, None, None
 
 
-def torch_sums(z: Tensor, n: int, bandwidths, kernel, weights) -> tuple[Tensor, Tensor]:
-    """Return the sums of k (2, 2) over the pairs of x = z[:n] and y = z[n:], and the gradients (2, n + m, d).
+def torch_sums(z: Tensor, n: int, kernel: str, mixture) -> tuple[Tensor, Tensor]:
+    """Return sums of k and their gradients over pairs of z = (x, y), (n + m, d), x its first n points.
 
-    A gradient is the sum over j in x, or in y, of W_ij (z_j - z_i). A tile below the diagonal is the
-    transpose of one above.
+    sums[s, t] (2, 2) is that of k(z_i, z_j) with i on side s, 0 in x and 1 in y, and j on side t; grads[t, i]
+    (2, n + m, d) that of W_ij (z_j - z_i), the gradient of k in z_i for W = -2 dk/d|z_i - z_j|^2. A point has
+    no pair with itself: in float32 W_ii z_i - W_ii z_i is not zero.
     """
     blocks = [slice(i, min(i + TILE, n)) for i in range(0, n, TILE)]
     blocks += [slice(i, min(i + TILE, len(z))) for i in range(n, len(z), TILE)]
@@ -514,14 +477,14 @@ def torch_sums(z: Tensor, n: int, bandwidths, kernel, weights) -> tuple[Tensor, 
     grads = z.new_zeros(2, *z.shape)
     buffers = z.new_empty(3, TILE * TILE)
     for i, rows in enumerate(blocks):
-        for cols in blocks[i:]:
-            side, other = int(rows.start >= n), int(cols.start >= n)  # 0 in x, 1 in y
+        for cols in blocks[i:]:  # a tile below the diagonal is the transpose of one above
+            side, other = int(rows.start >= n), int(cols.start >= n)
             a, b = z[rows], z[cols]
             t, p, w = buffers[:, : len(a) * len(b)].unflatten(1, (len(a), len(b)))
             torch.addmm(norms[cols], a, b.T, alpha=-2, out=t).add_(norms[rows, None]).clamp_(min=0)
             if rows is cols:
                 t.fill_diagonal_(math.inf)
-            k = tile_sum(t, p, w, bandwidths, kernel, weights)
+            k = tile_sum(t, p, w, kernel, mixture)
             sums[side, other] += k
             grads[other, rows].addmm_(w, b).addcmul_(w.sum(1, keepdim=True), a, value=-1)
             if rows is not cols:
@@ -530,12 +493,12 @@ def torch_sums(z: Tensor, n: int, bandwidths, kernel, weights) -> tuple[Tensor, 
     return sums, grads
 
 
-def tile_sum(t: Tensor, p: Tensor, w: Tensor, bandwidths, kernel, weights) -> float:
+def tile_sum(t: Tensor, p: Tensor, w: Tensor, kernel: str, mixture) -> float:
     """Return the sum of k over squared distances t (r, c), and put W in w; p is a buffer."""
     total = 0.0
     wider = None
     w.zero_()
-    for s, weight in sorted(zip(bandwidths, weights), reverse=True):
+    for s, weight in sorted(mixture, reverse=True):
         if kernel == "rational_quadratic":
             base = torch.add(1, t, alpha=1 / (2 * s))
             torch.log2(base, out=p).mul_(-s).clamp_(min=TINY).exp2_()
@@ -551,17 +514,16 @@ def tile_sum(t: Tensor, p: Tensor, w: Tensor, bandwidths, kernel, weights) -> fl
     return total
 
 
-def triton_sums(z: Tensor, n: int, bandwidths, kernel, weights) -> tuple[Tensor, Tensor]:
+def triton_sums(z: Tensor, n: int, kernel: str, mixture) -> tuple[Tensor, Tensor]:
     """Return what torch_sums does, by one Triton kernel."""
     size, d = z.shape
     sums = z.new_empty(2, size)  # of a row's k over x, over y
     grads = z.new_empty(2, size, d)
-    mix = tuple(zip(bandwidths, weights))
     out = min(64, max(16, 2 ** (d - 1).bit_length()))
     grid = (-(-size // 32), 2, -(-d // out))
     with torch.cuda.device_of(z):  # Triton launches on the current device
         options = {"num_warps": 8, "num_stages": 2}  # all stays in registers (tests/test_triton.py)
-        sizes = n, size, d, kernel == "gaussian", mix, 32, 32, out
+        sizes = n, size, d, kernel == "gaussian", mixture, 32, 32, out
         mmd_kernel()[grid](z, sums, grads, *sizes, **options)
     return torch.stack((sums[:, :n].sum(1), sums[:, n:].sum(1))), grads
 
@@ -640,12 +602,6 @@ def gather(h: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def sum_gradients(network: nn.Module) -> None:
-    """Make each rank's gradients, of its part of the global batch, those of the whole."""
-    for p in network.parameters() if dist.is_initialized() else ():
-        dist.all_reduce(p.grad)
-
-
 def train(args: Args) -> Path:
     """Train, evaluate and save; return the run folder. With args.generate draw samples of a run instead.
 
@@ -659,11 +615,9 @@ def train(args: Args) -> Path:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without, cuBLAS is not deterministic
         # torchrun starts several processes: each has a part of every batch, and the first one writes
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if args.batch_size % world_size or (args.penalty_weight and world_size > 1):
-            raise UserError(
-                f"{world_size} processes need a batch_size that they divide, and no penalty_weight"
-            )
         batch_size = args.batch_size // world_size
+        if args.batch_size % world_size:
+            raise UserError(f"batch_size must be a multiple of the {world_size} processes")
         if world_size > 1:
             if device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -677,9 +631,11 @@ def train(args: Args) -> Path:
 
         torch.manual_seed(args.seed)
         generator = make_mlp(args.latent_dim, 2, nn.ReLU()) if toy else make_generator(args.latent_dim)
-        critic = make_encoder(toy, args.spectral_norm) if args.encoder == "learned" else nn.Flatten()
+        critic = make_encoder(toy) if args.encoder == "learned" else nn.Flatten()
         generator.to(device)
         critic.to(device)
+        for p in (*generator.parameters(), *critic.parameters()) if world_size > 1 else ():
+            p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))  # the sum over processes
         decay = min(0.999, 1 - 10 / max(10, args.num_steps))  # a short run has a short memory
         averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         optimizer_g = torch.optim.Adam(generator.parameters(), betas=(0.5, 0.999), fused=True)
@@ -689,63 +645,50 @@ def train(args: Args) -> Path:
             parts |= {"critic": critic, "optimizer_c": optimizer_c}
 
         # A new run folder, or that of the run to go on with
-        folder = Path(args.run_dir, f"{args.exp_name}__{args.dataset}__{args.seed}__{time.time_ns()}")
+        name = f"{args.exp_name}__{args.dataset}__{args.seed}__{time.time_ns()}"
+        folder = Path(args.resume or Path(args.run_dir, name))
         step, seconds, run_id, rows = 0, 0.0, None, []
         if args.resume:
-            folder = Path(args.resume)
             checkpoint = load_checkpoint(folder)
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
             torch.set_rng_state(checkpoint["rng"])
             torch.cuda.set_rng_state_all(checkpoint["rng_cuda"][: torch.cuda.device_count()])
             step, seconds, run_id, rows = checkpoint["progress"]
-        if rank > 0:
-            torch.manual_seed(args.seed + 1000 * rank + step)  # other samples than the first one's
         if args.generate:
             samples = draw_samples(averaged, args, args.generate).cpu().numpy()
             replace_file(folder / "generated" / "samples.npy", lambda path: np.save(path, samples))
             return folder / "generated"
-        if rank == 0:
+        if rank > 0:
+            torch.manual_seed(args.seed + 1000 * rank + step)  # other samples than the first one's
+        else:
             folder.mkdir(parents=True, exist_ok=bool(args.resume))
         wandb_run = None
-        if rank == 0 and args.track:
+        if args.track and rank == 0:
             import wandb
 
-            wandb_run = wandb.init(
-                project=args.wandb_project_name or os.environ.get("WANDB_PROJECT", "minimal-gans"),
-                entity=args.wandb_entity or None,
-                name=os.environ.get("WANDB_NAME", folder.name),
-                id=run_id,
-                resume="allow",
-                config=vars(args),
-                dir=args.run_dir,
-            )
+            project = args.wandb_project_name or os.environ.get("WANDB_PROJECT", "minimal-gans")
+            names = {"project": project, "name": os.environ.get("WANDB_NAME", folder.name), "id": run_id}
+            names["entity"] = args.wandb_entity or None
+            wandb_run = wandb.init(**names, resume="allow", config=vars(args), dir=args.run_dir)
             stack.push(lambda kind, error, trace: wandb_run.finish(exit_code=int(kind is not None)))
             run_id = wandb_run.id
-
-        def log(row: dict) -> None:
-            rows.append({"step": step} | row)
-            lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
-            replace_file(folder / "metrics.jsonl", lambda path: path.write_text("".join(lines)))
-            if wandb_run:
-                wandb_run.log(row, step=step)
-
-        def evaluate() -> dict:
-            samples = draw_samples(averaged, args, max(args.num_eval_samples, 2500 if toy else 100))
-            for name in (f"samples_{step:06d}.png", "samples.png"):
-                save_samples(folder / name, samples, data)
-            metrics = measure(samples)
-            log(metrics)
-            if wandb_run:
-                wandb_run.log({"samples": wandb.Image(str(folder / "samples.png"))}, step=step)
-            tqdm.write(f"step {step}: {metrics}")
-            return metrics
-
         signals: list[int] = []  # Ctrl-C or SIGTERM, which end the loop; no other thread can catch them
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.signal(number, lambda number, frame: signals.append(number))
                 stack.callback(signal.signal, number, before)
+
+        def evaluate() -> dict:
+            samples = draw_samples(averaged, args, max(args.num_eval_samples, 2500 if toy else 100))
+            for name in (f"samples_{step:06d}.png", "samples.png"):
+                save_samples(folder / name, samples, data)
+            if wandb_run:
+                wandb_run.log({"samples": wandb.Image(str(folder / "samples.png"))}, step=step)
+            metrics = measure(samples)
+            tqdm.write(f"step {step}: {metrics}")
+            return metrics
+
         metrics, logged, clock = None, step, time.perf_counter()
         for step in tqdm(range(logged + 1, args.num_steps + 1), desc=SCRIPT, disable=True if rank else None):
             # Learning rates are constant at first, then fall linearly to zero.
@@ -759,17 +702,9 @@ def train(args: Args) -> Path:
                 h_real, h_fake = (gather(h) for h in critic(torch.cat((real, fake))).chunk(2))
                 k_xx, k_yy, k_xy = kernel_means(h_real, h_fake, args.bandwidths, args.kernel)
                 loss_c = k_xx - k_yy if args.loss == "repulsive" else 2 * k_xy - k_xx - k_yy
-                if args.penalty_weight:  # on the witness function's slope at random points t between them
-                    u = torch.rand(batch_size, *[1] * (real.dim() - 1), device=device)
-                    t = torch.lerp(real, fake, u).requires_grad_()
-                    f = witness(critic(t), h_real, h_fake, args.bandwidths, args.kernel)
-                    (grad,) = torch.autograd.grad(f.sum(), t, create_graph=True)
-                    penalty = (grad.flatten(1).norm(dim=1) - 1).square().mean()
-                    loss_c = loss_c + args.penalty_weight * penalty / world_size
                 optimizer_c.param_groups[0]["lr"] = rate * args.lr_critic
                 optimizer_c.zero_grad()
                 loss_c.backward()
-                sum_gradients(critic)
                 optimizer_c.step()
 
             # The generator minimises  MMD^2 = k_xx + k_yy - 2 k_xy.
@@ -782,7 +717,6 @@ def train(args: Args) -> Path:
             optimizer_g.param_groups[0]["lr"] = rate * args.lr_generator
             optimizer_g.zero_grad()
             loss_g.backward(inputs=list(generator.parameters()))
-            sum_gradients(generator)
             optimizer_g.step()
             averaged.update_parameters(generator)
 
@@ -796,14 +730,20 @@ def train(args: Args) -> Path:
             if due and rank == 0:
                 elapsed = time.perf_counter() - clock
                 seconds += elapsed
-                row = {"mmd2": loss_g.item(), "k_xx": k_xx.item(), "k_yy": k_yy.item(), "k_xy": k_xy.item()}
+                row = {"step": step, "steps_per_second": (step - logged) / elapsed, "mmd2": loss_g.item()}
+                row |= {"k_xx": k_xx.item(), "k_yy": k_yy.item(), "k_xy": k_xy.item()}
                 if args.encoder == "learned":
                     row["loss_c"] = loss_c.item()
                 if not 1e-3 < row["k_xy"] / len(args.bandwidths) < 1 - 1e-3:
                     tqdm.write(f"step {step}: the kernel is blind, all points are far apart or all the same")
-                log(row | {"steps_per_second": (step - logged) / elapsed})
                 if step % args.eval_every == 0 or step == args.num_steps:
                     metrics = evaluate()
+                    row |= metrics
+                rows.append(row)
+                lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+                replace_file(folder / "metrics.jsonl", partial(Path.write_text, data=lines))
+                if wandb_run:
+                    wandb_run.log(row, step=step)
                 checkpoint = {name: part.state_dict() for name, part in parts.items()}
                 checkpoint |= {"script": SCRIPT, "args": vars(args)}
                 checkpoint["progress"] = step, seconds, run_id, rows
@@ -815,17 +755,15 @@ def train(args: Args) -> Path:
 
         if rank > 0:
             return folder
+        save_curves(folder / "curves.png", rows)
         if step < args.num_steps:
-            save_curves(folder / "curves.png", rows)
             command = shlex.join(["python", f"{SCRIPT}.py", f"--resume={folder}"])
             tqdm.write(f"stopped after step {step}; go on with: {command}")
             raise SystemExit(128 + signals[0] if signals else 1)
-        if metrics is None:  # the run was done already
-            metrics = evaluate()
-        results = metrics | {"real": measure(data), "steps": step, "seconds": seconds}
-        results |= {"device": args.device, "torch": torch.__version__, "args": vars(args)}
-        replace_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
-        save_curves(folder / "curves.png", rows)
+        metrics = evaluate() if metrics is None else metrics  # None: the run was done already
+        results = metrics | {"real": measure(data), "steps": step, "seconds": seconds, "device": args.device}
+        results |= {"torch": torch.__version__, "args": vars(args)}
+        replace_file(folder / "results.json", partial(Path.write_text, data=json.dumps(results, indent=2)))
         print(folder)
         return folder
 

@@ -1,7 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision>=0.21", "tyro>=1.0.17", "wandb>=0.30", "numpy>=1.26",
-#                 "tqdm>=4.66", "matplotlib>=3.8", "scikit-learn>=1.4"]
+# dependencies = ["torch", "torchvision", "tyro", "wandb", "numpy", "tqdm", "matplotlib", "scikit-learn"]
 # ///
 """Wasserstein GAN: a critic measures how far samples are from data, and the generator lowers that distance.
 
@@ -26,7 +25,6 @@ import signal
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -135,23 +133,40 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> list[Tensor]:
                     raise ValueError(f"needed are 28 x 28 images of classes 0 to 9, not {part.data.shape}")
                 parts += [part.data, part.targets]
         except Exception as error:
-            where = f"{Path(data_dir, name, 'raw')}: {error!r:.200}"
-            other = "another --data-dir or, if the script has it, --dataset digits"
-            raise UserError(f"no {dataset} in {where}; try {other}") from error
+            raise UserError(f"no {dataset} in {Path(data_dir, name, 'raw')}: {error!r:.200}") from error
     if eval_split == "validation":
         n = len(parts[0]) * 5 // 6
         parts = [parts[0][:n], parts[1][:n], parts[0][n:], parts[1][n:]]
     return parts
 
 
+def load_toy(dataset: str) -> tuple[Tensor, Callable[[Tensor], dict]]:
+    """Return points (n, 2) of the ring or grid of VEEGAN (2017) and PacGAN (2018), and their metrics."""
+    angle = torch.arange(8) * (math.pi / 4)
+    modes, std = torch.stack((angle.cos(), angle.sin()), 1), 0.01
+    if dataset == "grid":
+        modes, std = torch.cartesian_prod(*[torch.arange(-4.0, 5.0, 2.0)] * 2), 0.05
+    rng = torch.Generator().manual_seed(0)  # the same points in every run
+    points = modes[torch.randint(len(modes), (100_000,), generator=rng)]
+    points += std * torch.randn(points.shape, generator=rng)
+
+    def measure(samples: Tensor) -> dict:
+        """Return modes covered, share of samples within 3 std of a mode, and the modes' KL to uniform."""
+        distance, nearest = torch.cdist(samples.cpu(), modes).min(1)
+        good = distance <= 3 * std
+        shares = nearest.bincount(minlength=len(modes)) / len(samples)
+        kl = torch.xlogy(shares, shares * len(modes)).sum().item()
+        covered = len(nearest[good].unique())
+        return {"modes": covered, "high_quality": good.float().mean().item(), "mode_kl": kl}
+
+    return points, measure
+
+
 def load_data(args) -> tuple[Tensor, Callable[[Tensor], dict]]:
-    """Return the training samples, on the device, and the function that evaluates generated ones."""
+    """Return the training samples, on the device, and the function that measures generated ones."""
     if args.dataset in ("ring", "grid"):
-        modes, std = toy_modes(args.dataset)
-        rng = torch.Generator().manual_seed(0)  # the same points in every run
-        points = modes[torch.randint(len(modes), (100_000,), generator=rng)]
-        points += std * torch.randn(points.shape, generator=rng)
-        return points.to(args.device), partial(toy_metrics, modes=modes, std=std)
+        points, measure = load_toy(args.dataset)
+        return points.to(args.device), measure
     parts = load_images(args.dataset, args.data_dir, args.eval_split)
     images, labels, real, _ = (part.to(args.device) for part in parts)
     n = args.num_eval_samples
@@ -159,14 +174,6 @@ def load_data(args) -> tuple[Tensor, Callable[[Tensor], dict]]:
         return images, lambda samples: {}
     classifier = load_classifier(args, images, labels)
     return images, lambda samples: image_metrics(samples[:n], real[:n], classifier)
-
-
-def toy_modes(dataset: str) -> tuple[Tensor, float]:
-    """Return means (k, 2) and standard deviation of a 2-D mixture, as in VEEGAN (2017) and PacGAN (2018)."""
-    if dataset == "ring":
-        angle = torch.arange(8) * (math.pi / 4)
-        return torch.stack((angle.cos(), angle.sin()), 1), 0.01
-    return torch.cartesian_prod(*[torch.arange(-4.0, 5.0, 2.0)] * 2), 0.05
 
 
 def to_float(batch: Tensor) -> Tensor:
@@ -186,8 +193,7 @@ def load_classifier(args, images: Tensor, labels: Tensor) -> nn.Sequential:
         nn.ReLU(),  # the features (b, 128)
         nn.Linear(128, 10),
     ).to(images.device)
-    checksum = zlib.crc32(labels.cpu().numpy(), zlib.crc32(images.cpu().numpy()))
-    path = Path(args.run_dir, f"classifier__{args.dataset}__{checksum:08x}.pt")
+    path = Path(args.run_dir, f"classifier__{args.dataset}__{images.sum().item()}.pt")  # of these pixels
     if not path.exists():
         print(f"training the classifier that evaluates samples, once, for {path}", flush=True)
         optimizer = torch.optim.Adam(classifier.parameters())
@@ -233,15 +239,6 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> list[float | Non
         near = (torch.cdist(points, others) <= reach).any(1)
         shares.append(near.float().mean().item())
     return shares
-
-
-def toy_metrics(samples: Tensor, modes: Tensor, std: float) -> dict:
-    """Return modes covered, share of samples (n, 2) within 3 std of a mode, and the modes' KL to uniform."""
-    distance, nearest = torch.cdist(samples.cpu(), modes).min(1)
-    good = distance <= 3 * std
-    shares = nearest.bincount(minlength=len(modes)) / len(samples)
-    kl = torch.xlogy(shares, shares * len(modes)).sum().item()
-    return {"modes": len(nearest[good].unique()), "high_quality": good.float().mean().item(), "mode_kl": kl}
 
 
 # ---- Run folder -----------------------------------------------------------------------------------------
@@ -388,10 +385,10 @@ def train(args: Args) -> Path:
         parts |= {"optimizer_g": optimizer_g, "optimizer_c": optimizer_c}
 
         # A new run folder, or that of the run to go on with
-        folder = Path(args.run_dir, f"{args.exp_name}__{args.dataset}__{args.seed}__{time.time_ns()}")
+        name = f"{args.exp_name}__{args.dataset}__{args.seed}__{time.time_ns()}"
+        folder = Path(args.resume or Path(args.run_dir, name))
         step, seconds, run_id, rows = 0, 0.0, None, []
         if args.resume:
-            folder = Path(args.resume)
             checkpoint = load_checkpoint(folder)
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
@@ -407,41 +404,28 @@ def train(args: Args) -> Path:
         if args.track:
             import wandb
 
-            wandb_run = wandb.init(
-                project=args.wandb_project_name or os.environ.get("WANDB_PROJECT", "minimal-gans"),
-                entity=args.wandb_entity or None,
-                name=os.environ.get("WANDB_NAME", folder.name),
-                id=run_id,
-                resume="allow",
-                config=vars(args),
-                dir=args.run_dir,
-            )
+            project = args.wandb_project_name or os.environ.get("WANDB_PROJECT", "minimal-gans")
+            names = {"project": project, "name": os.environ.get("WANDB_NAME", folder.name), "id": run_id}
+            names["entity"] = args.wandb_entity or None
+            wandb_run = wandb.init(**names, resume="allow", config=vars(args), dir=args.run_dir)
             stack.push(lambda kind, error, trace: wandb_run.finish(exit_code=int(kind is not None)))
             run_id = wandb_run.id
-
-        def log(row: dict) -> None:
-            rows.append({"step": step} | row)
-            lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
-            replace_file(folder / "metrics.jsonl", lambda path: path.write_text("".join(lines)))
-            if wandb_run:
-                wandb_run.log(row, step=step)
-
-        def evaluate() -> dict:
-            samples = draw_samples(averaged, args, max(args.num_eval_samples, 2500 if toy else 100))
-            for name in (f"samples_{step:06d}.png", "samples.png"):
-                save_samples(folder / name, samples, data)
-            metrics = measure(samples)
-            log(metrics)
-            if wandb_run:
-                wandb_run.log({"samples": wandb.Image(str(folder / "samples.png"))}, step=step)
-            tqdm.write(f"step {step}: {metrics}")
-            return metrics
-
         signals: list[int] = []  # Ctrl-C or SIGTERM, which end the loop; no other thread can catch them
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.signal(number, lambda number, frame: signals.append(number))
                 stack.callback(signal.signal, number, before)
+
+        def evaluate() -> dict:
+            samples = draw_samples(averaged, args, max(args.num_eval_samples, 2500 if toy else 100))
+            for name in (f"samples_{step:06d}.png", "samples.png"):
+                save_samples(folder / name, samples, data)
+            if wandb_run:
+                wandb_run.log({"samples": wandb.Image(str(folder / "samples.png"))}, step=step)
+            metrics = measure(samples)
+            tqdm.write(f"step {step}: {metrics}")
+            return metrics
+
         metrics, logged, clock = None, step, time.perf_counter()
         for step in tqdm(range(logged + 1, args.num_steps + 1), desc=SCRIPT, disable=None):
             # The learning rate is constant at first, then falls linearly to zero.
@@ -480,11 +464,17 @@ def train(args: Args) -> Path:
                     raise UserError(f"loss or weights are not finite at step {step}: lower the learning rate")
                 elapsed = time.perf_counter() - clock
                 seconds += elapsed
-                row = {"loss_c": loss_c.item(), "loss_g": loss_g.item(), "w1": w1.item()}
+                row = {"step": step, "steps_per_second": (step - logged) / elapsed, "w1": w1.item()}
+                row |= {"loss_c": loss_c.item(), "loss_g": loss_g.item()}
                 row["critic_std"] = f_real.std(correction=0).item()
-                log(row | {"steps_per_second": (step - logged) / elapsed})
                 if step % args.eval_every == 0 or step == args.num_steps:
                     metrics = evaluate()
+                    row |= metrics
+                rows.append(row)
+                lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+                replace_file(folder / "metrics.jsonl", partial(Path.write_text, data=lines))
+                if wandb_run:
+                    wandb_run.log(row, step=step)
                 checkpoint = {name: part.state_dict() for name, part in parts.items()}
                 checkpoint |= {"script": SCRIPT, "args": vars(args)}
                 checkpoint["progress"] = step, seconds, run_id, rows
@@ -494,17 +484,15 @@ def train(args: Args) -> Path:
             if last:
                 break
 
+        save_curves(folder / "curves.png", rows)
         if step < args.num_steps:
-            save_curves(folder / "curves.png", rows)
             command = shlex.join(["python", f"{SCRIPT}.py", f"--resume={folder}"])
             tqdm.write(f"stopped after step {step}; go on with: {command}")
             raise SystemExit(128 + signals[0])
-        if metrics is None:  # the run was done already
-            metrics = evaluate()
-        results = metrics | {"real": measure(data), "steps": step, "seconds": seconds}
-        results |= {"device": args.device, "torch": torch.__version__, "args": vars(args)}
-        replace_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
-        save_curves(folder / "curves.png", rows)
+        metrics = evaluate() if metrics is None else metrics  # None: the run was done already
+        results = metrics | {"real": measure(data), "steps": step, "seconds": seconds, "device": args.device}
+        results |= {"torch": torch.__version__, "args": vars(args)}
+        replace_file(folder / "results.json", partial(Path.write_text, data=json.dumps(results, indent=2)))
         print(folder)
         return folder
 

@@ -67,6 +67,7 @@ def train(script: str, steps: int, options: dict) -> list[float] | str:
 
     bar.write = print
     module.tqdm = bar
+    module.replace_file = lambda path, write: write(path) if path.suffix == ".jsonl" else None
     with tempfile.TemporaryDirectory() as folder:
         args = module.Args(run_dir=folder, **options)
         try:

@@ -5,7 +5,9 @@ import itertools
 import os
 import signal
 import struct
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import forked
@@ -22,27 +24,24 @@ torch.set_num_threads(min(THREADS, torch.get_num_threads()))
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # of the processes that tests start
 
 
-def write_idx(path: Path, array: np.ndarray) -> None:
-    """A uint8 array in the IDX format of MNIST's files."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-    path.write_bytes(header + array.astype(np.uint8).tobytes())
-
-
-def write_mnist_like(folder: Path, seed: int) -> None:
-    """240 + 60 images in `folder`/raw: the class, 0 to 9 in turn, is the place of a bright bar in noise."""
+def write_bars(folder: Path, train: int, test: int, seed: int = 0, size: int = 28, classes: int = 10) -> Path:
+    """IDX files, as MNIST's, in `folder`/raw: the class, in turn, is the place of a bright bar in noise."""
     rng = np.random.default_rng(seed)
-    for part, n in (("train", 240), ("t10k", 60)):
-        labels = np.arange(n) % 10
-        images = rng.integers(0, 90, (n, 28, 28))
+    for part, n in (("train", train), ("t10k", test)):
+        labels = np.arange(n) % classes
+        images = rng.integers(0, 90, (n, size, size))
         for image, label in zip(images, labels):
             image[4 + 2 * label : 6 + 2 * label, 4:24] += 160
-        write_idx(folder / "raw" / f"{part}-images-idx3-ubyte", images)
-        write_idx(folder / "raw" / f"{part}-labels-idx1-ubyte", labels)
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            path = folder / "raw" / f"{part}-{kind}-ubyte"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+            path.write_bytes(header + array.astype(np.uint8).tobytes())
+    return folder
 
 
 def write_usps_like(folder: Path, seed: int) -> None:
-    """120 + 40 images of 16 x 16 in the text format of USPS's files: bars as in write_mnist_like."""
+    """120 + 40 images of 16 x 16 in the text format of USPS's files: bars as in write_bars."""
     rng = np.random.default_rng(seed)
     for name, n in (("usps.bz2", 120), ("usps.t.bz2", 40)):
         labels = np.arange(n) % 10
@@ -61,7 +60,7 @@ def tiny_mnist(tmp_path_factory) -> Path:
     """A data folder with small MNIST, FashionMNIST, KMNIST and USPS; not to be written to."""
     folder = tmp_path_factory.mktemp("data")
     for seed, name in enumerate(("MNIST", "FashionMNIST", "KMNIST")):
-        write_mnist_like(folder / name, seed)
+        write_bars(folder / name, 240, 60, seed)
     write_usps_like(folder, 3)
     return folder
 
@@ -79,6 +78,24 @@ def environment(changes: dict | None) -> dict:
     # A W&B service that this process has started writes to paths that are relative to this one's folder.
     env |= {"WANDB_SERVICE": None} | (changes or {})
     return {name: value for name, value in env.items() if value is not None}
+
+
+def memory_of(code: str) -> list[float]:
+    """What code prints by peak(): MB of resident memory at most since its start()."""
+    if "VmHWM" not in (Path("/proc/self/status").read_text() if sys.platform == "linux" else ""):
+        pytest.skip("no peak of the resident memory here")  # ru_maxrss starts at the peak of pytest itself
+    head = """
+        import torch
+        torch.set_num_threads(1)
+        def peak():
+            (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+            print(int(line.split()[1]) * 1024 / 1e6)
+        start = peak
+    """
+    command = [sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(code)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    first, *peaks = map(float, result.stdout.split())
+    return [peak - first for peak in peaks]
 
 
 @pytest.fixture
