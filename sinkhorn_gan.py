@@ -502,7 +502,8 @@ def sinkhorn_divergence(
         # from the more exact potential of y, all cancels where x equals y.
         if x.shape == y.shape:
             both, weights = torch.cat((x, y)), torch.cat((a, b))
-            xx, yy = split(solve(both, both, eps, weights, weights, tol / 10, max_iterations, same=True))
+            found = solve(both, both, eps, weights, weights, tol / 10, max_iterations, same=True)
+            xx, yy = (Solution(*half) for half in zip(*(part.chunk(2) for part in found)))
         else:
             xx, yy = (
                 solve(v, v, eps, w, w, tol / 10, max_iterations, same=True) for v, w in ((x, a), (y, b))
@@ -611,59 +612,62 @@ class Solution(NamedTuple):
     grad_y: Tensor
 
 
-def split(solution: Solution) -> list[Solution]:
-    """Return the two halves of a batch."""
-    return [Solution(*half) for half in zip(*(part.chunk(2) for part in solution))]
-
-
 @torch.no_grad()
 def solve(x, y, eps, a, b, tol=1e-3, max_iterations=2000, same=False, start=None) -> Solution:
-    """Solve problems (1) of x (B, n, d), y (B, m, d), a (B, n) and b (B, m); start: a g (B, m) to start from.
+    """Solve problems (1) of x (B, n, d), y (B, m, d), a (B, n) and b (B, m).
 
-    same: y is x, and b is a. With both clouds centred the cost changes by terms in x and y alone,
-    C = C' + x'.t - y'.t + |t|^2 / 2 for t = mean x - mean y: the plan stays. In units that make the mean cost
-    1, all scales are alike.
+    same: y is x and b is a, so that one potential will do. start: a potential g (B, m) to start from.
     """
+    # Centred, with t = mean x - mean y, the cost is C = C' + x'.t - y'.t + |t|^2 / 2. The terms in x' or y'
+    # alone leave the plan as it is. In units of length that make the mean of C' one, all scales are alike.
     mean_x, mean_y = a[:, None] @ x, b[:, None] @ y  # (B, 1, d)
     x, y, t = x - mean_x, y - mean_y, mean_x - mean_y
     spread = ((a * x.square().sum(2)).sum(1) + (b * y.square().sum(2)).sum(1))[:, None] / 2  # (B, 1)
-    unit = torch.where(spread > 0, spread, 1.0).sqrt()  # of length; of one point the spread is zero
+    unit = torch.where(spread > 0, spread, 1.0).sqrt()  # of one point the spread is zero
     x, y, t = (v / unit[..., None] for v in (x, y, t))
     # Potentials may be 1e4 and more: in float32 too coarse for a marginal error of 1e-3
     fine = torch.float32 if x.device.type == "mps" else torch.float64
     log_a, log_b = (w.to(fine).clamp(min=1e-18).log2() for w in (a, b))
-    masses = log_a.exp2(), log_b.exp2()
     eps = eps / unit.to(fine).square()
-    levels = (COARSE * (spread > 0) / eps).clamp(min=1e-30).log2().div(math.log2(COOLING)).ceil().clamp(min=0)
-    levels = torch.zeros_like(levels) if same else levels  # a self problem needs no annealing
     g = torch.zeros_like(log_b) if start is None else start / unit.to(fine).square()
+
+    # From a large eps to the one that is wanted; a self problem needs only that.
+    steepest = (COARSE * (spread > 0) / eps).max().clamp(min=1).item()
     left = max_iterations
-    for level in range(int(levels.max()), -1, -1):
-        scale = math.log2(math.e) / (eps * COOLING ** levels.clamp(max=level))  # (B, 1)
+    for level in range(0 if same else math.ceil(math.log(steepest, COOLING)), -1, -1):
+        scale = math.log2(math.e) / (eps * COOLING**level)  # (B, 1)
         rows, columns = half_steps(x, y, log_a, log_b, scale, same)
-        wanted = torch.where(levels < level, math.inf, max(tol, LOOSE) if level else tol)
-        p, count = iterate(rows, None if same else columns, g * scale, *masses, wanted, max(1, left - level))
-        g, left = p / scale, left - count
+        wanted = max(tol, LOOSE) if level else tol
+        limit = max(1, left - level)
+        if same:
+            p, count = iterate_self(rows, g * scale, log_b.exp2(), wanted, limit)
+        else:
+            p, count = iterate(rows, columns, g * scale, log_a.exp2(), log_b.exp2(), wanted, limit)
+        g = p / scale
+        left -= count
+
     # The last half-steps and the barycentres of the plans, of exact rows and of exact columns
     q, to_y = rows(p, True)
     last, to_x = (q, to_y) if same else columns(q, True)
-    error = marginal_error(p - last, b)
-    if left <= 0 and error.max() > tol:
-        message = f"Sinkhorn's {max_iterations} iterations ended with a marginal error of {error.max():.1e}"
-        warnings.warn(f"{message}, above tol={tol}: raise max_iterations or eps", stacklevel=3)
-    grad_x, grad_y = a[..., None] * (x - to_y), b[..., None] * (y - to_x)
-    value = (((a * q).sum(1) + (b * p).sum(1)) / scale[:, 0]).to(x.dtype) + t.square().sum((1, 2)) / 2
-    moved = ((grad_x * x).sum((1, 2)) + (grad_y * y).sum((1, 2)) + t.square().sum((1, 2))) / 2
-    f = (q / scale).to(x.dtype) + (x @ t.mT).squeeze(2) + t.square().sum(2) / 2  # from C' to C
+    error = marginal_error(p - last, b).max()
+    if left <= 0 and error > tol:
+        message = f"Sinkhorn's {max_iterations} iterations ended with a marginal error of {error:.1e}"
+        warnings.warn(f"{message}, above tol={tol}: raise max_iterations or eps", stacklevel=4)
+    grad_x = a[..., None] * (x - to_y)
+    grad_y = b[..., None] * (y - to_x)
+    apart = t.square().sum((1, 2))  # (B,)
+    value = (((a * q).sum(1) + (b * p).sum(1)) / scale[:, 0]).to(x.dtype) + apart / 2
+    moved = ((grad_x * x).sum((1, 2)) + (grad_y * y).sum((1, 2)) + apart) / 2
+    if not (value * unit[:, 0].square()).isfinite().all():
+        raise ValueError("the transport cost is not finite: scale x, y and eps")
+
+    # Back from C' to C, with a.f = b.g, and to the units that were given
+    f = (q / scale).to(x.dtype) + (x @ t.mT).squeeze(2) + apart[:, None] / 2
     g = (p / scale).to(x.dtype) - (y @ t.mT).squeeze(2)
     shift = ((b * g).sum(1) - (a * f).sum(1))[:, None] / 2
-    grad_x, grad_y = (
-        (grad_x + a[..., None] * t) * unit[..., None],
-        (grad_y - b[..., None] * t) * unit[..., None],
-    )
     f, g, value, moved = (v * unit.square() for v in (f + shift, g - shift, value[:, None], moved[:, None]))
-    if not value.isfinite().all():
-        raise ValueError("the transport cost is not finite: scale x, y and eps")
+    grad_x = (grad_x + a[..., None] * t) * unit[..., None]
+    grad_y = (grad_y - b[..., None] * t) * unit[..., None]
     return Solution(f, g, value[:, 0], moved[:, 0], grad_x, grad_y)
 
 
@@ -687,37 +691,51 @@ def half_steps(x, y, log_a, log_b, scale, same) -> tuple:
     return partial(step, x, y, log_b, scale, same), partial(step, y, x, log_a, scale, same)
 
 
-def iterate(rows, columns, p: Tensor, a: Tensor, b: Tensor, tol: Tensor, limit: int) -> tuple[Tensor, int]:
-    """Return potentials p (B, m) with errors of at most tol (B, 1), and the number of steps that it took.
+def iterate(rows, columns, p: Tensor, a: Tensor, b: Tensor, tol: float, limit: int) -> tuple[Tensor, int]:
+    """Return potentials p (B, m) whose marginal errors are at most tol, and the number of steps that it took.
 
-    Each second step is extrapolated (Anderson 1965). Plain steps raise the dual (2): where it falls, the
-    extrapolation went too far, and it starts again from the last step, without its history. Without columns,
-    of y = x, one potential will do: halves of plain steps leave a quarter of the error.
+    Each second step is extrapolated (Anderson 1965). Plain steps raise the dual (2): where it fell, the
+    extrapolation went too far, and it goes on from the last plain step, without its history.
     """
-    past, last_q = p.new_empty(2, 0, *p.shape), None  # p, and the plain steps from it, (2, k, B, m)
-    every = 4 if p.is_cuda else 1  # a look at the error makes the host wait for the GPU
+    steps = p.new_empty(0, 2, *p.shape)  # the last potentials, and the plain steps from them: (k, 2, B, m)
+    dual = None
     for count in range(1, limit + 1):
         q, _ = rows(p)
-        plain = q if columns is None else columns(q)[0]
-        error = marginal_error(p - plain, b)[:, None] * (2 if columns is None else 1)
-        going = error > tol
-        if count == limit or (count % every == 0 and not going.any()):
+        plain, _ = columns(q)
+        going = marginal_error(p - plain, b)[:, None] > tol
+        if count == limit or ended(going, count):
             break
-        if columns is None:
-            p = torch.where(going, (p + plain) / 2, p)
-            continue
-        step = torch.stack((p, plain))[:, None]
+        step = torch.stack((p, plain))
+        last_dual, dual = dual, (a * q).sum(1) + (b * p).sum(1)
         if count > 1 and count % 2:  # p was extrapolated
-            fell = ((b * (p - past[0, -1])).sum(1) + (a * (q - last_q)).sum(1) < -1e-6)[:, None]
-            step, q = torch.where(fell, past[:, -1:], step), torch.where(fell, last_q, q)
-            past = torch.where(fell, step, past)
-        past, last_q = torch.cat((past[:, 1 - MEMORY :], step), 1), q
-        p = torch.where(going, step[1, 0] if count % 2 else extrapolate(*past, b), p)
+            fell = dual < last_dual - 1e-6
+            dual = torch.where(fell, last_dual, dual)
+            step = torch.where(fell[:, None], steps[-1], step)
+            steps = torch.where(fell[:, None], step, steps)
+        steps = torch.cat((steps[1 - MEMORY :], step[None]))
+        p = torch.where(going, step[1] if count % 2 else extrapolate(steps, b), p)
     return p, count
 
 
-def extrapolate(p: Tensor, plain: Tensor, b: Tensor) -> Tensor:
-    """Return the mix (B, m) of plain steps (k, B, m) from p whose residual is least, in weights b (B, m)."""
+def iterate_self(rows, p: Tensor, b: Tensor, tol: float, limit: int) -> tuple[Tensor, int]:
+    """Return what iterate does for y = x. Halves of plain steps leave a quarter of the error."""
+    for count in range(1, limit + 1):
+        q, _ = rows(p)
+        going = 2 * marginal_error(p - q, b)[:, None] > tol
+        if count == limit or ended(going, count):
+            break
+        p = torch.where(going, (p + q) / 2, p)
+    return p, count
+
+
+def ended(going: Tensor, count: int) -> bool:
+    """Return whether no problem goes on; every fourth time on CUDA, where a look makes the host wait."""
+    return (not going.is_cuda or count % 4 == 0) and not going.any()
+
+
+def extrapolate(steps: Tensor, b: Tensor) -> Tensor:
+    """Return the mix (B, m) of plain steps, of steps (k, 2, B, m), whose residual is least in weights b."""
+    p, plain = steps.unbind(1)
     residual = plain - p
     d_plain, d_residual = plain[:-1] - plain[-1], residual[:-1] - residual[-1]
     gram = torch.einsum("kbm,lbm,bm->bkl", d_residual, d_residual, b)
