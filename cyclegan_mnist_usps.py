@@ -121,42 +121,23 @@ def set_options(args, options: dict) -> None:
 
 
 # ---- Data -----------------------------------------------------------------------------------------------
-def load_images(dataset: str, data_dir: str, eval_split: str) -> list[Tensor]:
-    """Return training images (n, 28, 28) uint8, labels (n,), and those for evaluation. Raises UserError."""
-    if dataset == "digits":  # scikit-learn's 1,797 digits of 8 x 8, enlarged
-        from sklearn.datasets import load_digits
+def load_domain(name: str, data_dir: str, eval_split: str) -> list[Tensor]:
+    """Return training images (n, 28, 28) uint8 of "mnist" or "usps", labels (n,), and those for evaluation.
 
-        pixels, labels = map(torch.from_numpy, load_digits(return_X_y=True))
-        images = F.interpolate(pixels.float().view(-1, 1, 8, 8) * (255 / 16), size=28, mode="bilinear")
-        images = images.squeeze(1).round().to(torch.uint8)
-        order = np.random.default_rng(0).permutation(len(labels))  # they come writer by writer
-        parts = [v[order[i]] for i in (slice(1437), slice(1437, None)) for v in (images, labels)]
-    else:
-        name = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}[dataset]
-        parts = []
-        try:
-            for train in (True, False):
-                part = getattr(torchvision.datasets, name)(data_dir, train=train, download=True)
-                if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
-                    raise ValueError(f"needed are 28 x 28 images of classes 0 to 9, not {part.data.shape}")
-                parts += [part.data, part.targets]
-        except Exception as error:
-            raise UserError(f"no {dataset} in {Path(data_dir, name, 'raw')}: {error!r:.200}") from error
-    if eval_split == "validation":
-        n = len(parts[0]) * 5 // 6
-        parts = [parts[0][:n], parts[1][:n], parts[0][n:], parts[1][n:]]
-    return parts
-
-
-def load_usps(data_dir: str, eval_split: str) -> list[Tensor]:
-    """Return what load_images does, of USPS, its digits as large as MNIST's. Raises UserError."""
+    USPS's digits are made as large as MNIST's. Raises UserError.
+    """
     parts = []
     try:
         for train in (True, False):
-            part = torchvision.datasets.USPS(data_dir, train=train, download=True)
-            parts += [center_digits(torch.from_numpy(part.data)), torch.tensor(part.targets)]
+            part = getattr(torchvision.datasets, name.upper())(data_dir, train=train, download=True)
+            images, labels = torch.as_tensor(part.data), torch.as_tensor(part.targets)
+            if name == "usps":
+                images = center_digits(images)
+            if images.shape != (len(labels), 28, 28) or labels.max() > 9:
+                raise ValueError(f"needed are 28 x 28 images of classes 0 to 9, not {images.shape}")
+            parts += [images, labels]
     except Exception as error:
-        raise UserError(f"no usps in {data_dir}: {error!r:.200}; try another --data-dir") from error
+        raise UserError(f"no {name} in {data_dir}: {error!r:.200}") from error
     if eval_split == "validation":
         n = len(parts[0]) * 5 // 6
         parts = [parts[0][:n], parts[1][:n], parts[0][n:], parts[1][n:]]
@@ -453,9 +434,10 @@ def train(args: Args) -> Path:
         stack.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
         torch.set_deterministic_debug_mode("warn" if args.torch_deterministic else "default")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without, cuBLAS is not deterministic
-        mnist = load_images("mnist", args.data_dir, args.eval_split)  # x, y, x_eval, y_eval
-        usps = load_usps(args.data_dir, args.eval_split)
-        domains = {"mnist": [v.to(args.device) for v in mnist], "usps": [v.to(args.device) for v in usps]}
+        domains = {}  # of each x, y, x_eval and y_eval
+        for name in ("mnist", "usps"):
+            parts = load_domain(name, args.data_dir, args.eval_split)
+            domains[name] = [v.to(args.device) for v in parts]
         torch.manual_seed(args.seed)
         pairs = "mnist2usps", "usps2mnist"
         translators = nn.ModuleDict({pair: Translator(args.channels) for pair in pairs})

@@ -297,7 +297,9 @@ def test_hard_problems_converge(kind, seed):
 
 def test_iterations_that_do_not_suffice_are_a_warning():
     x, y = cloud(30, 2, dtype=torch.float32), cloud(30, 2, 1, 3.0, torch.float32)
-    with pytest.warns(UserWarning, match=r"3 iterations ended with a marginal error of \d.*tol=0.001") as found:
+    with pytest.warns(
+        UserWarning, match=r"3 iterations ended with a marginal error of \d.*tol=0.001"
+    ) as found:
         ot_cost(x, y, 1e-3, max_iterations=3)
     assert found[0].filename == __file__  # where the user called it
 
