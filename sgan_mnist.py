@@ -361,7 +361,7 @@ def align(p: Tensor, shares: Tensor) -> Tensor:
     """Return probabilities (n, K) divided by the classes' mean shares (K,) so far, and normalised.
 
     Distribution alignment (Berthelot et al. 2019, section 3.1), with classes of equal size: without it the
-    few clusters that found their class first draw in the others.
+    few clusters that found their class first draw in the others. A power of the shares aligns in part.
     """
     p = p / shares
     return p / p.sum(1, keepdim=True)
@@ -460,7 +460,8 @@ def train(args: Args) -> Path:
             rate = min(1.0, (args.num_steps - step + 1) / (0.7 * args.num_steps))
             optimizer_c.param_groups[0]["lr"] = rate * args.lr_classifier
             optimizer_g.param_groups[0]["lr"] = rate * args.lr_generator
-            share = max(0.0, args.paste * (1 - 2 * step / args.num_steps))
+            early = max(0.0, 1 - 2 * step / args.num_steps)  # patches and alignment end at half of the run
+            share = args.paste * early
 
             # The classifier minimises  E -log p(y | x)  over labelled images,
             #     + w E (-log D(x) - log(1 - D(G(z)))),  + v E -log p(class of the teacher | augmented x).
@@ -484,7 +485,8 @@ def train(args: Args) -> Path:
                 with torch.no_grad():
                     p = teacher.eval()(clean).softmax(1)
                     teacher.shares.lerp_(p.mean(0), 0.01)
-                loss_teacher = pseudo_label_loss(l_unlabelled, align(p, teacher.shares), args.threshold)
+                    p = align(p, teacher.shares**early)
+                loss_teacher = pseudo_label_loss(l_unlabelled, p, args.threshold)
                 loss_c = loss_c + args.consistency_weight * loss_teacher
             optimizer_c.zero_grad()
             loss_c.backward(inputs=list(classifier.parameters()))
