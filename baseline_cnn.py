@@ -45,7 +45,7 @@ MAY_BE_ZERO = ("seed", "label_seed", "num_steps", "eval_every")
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the command line shows nothing but its message."""
+    """A mistake that the user can fix; the command line shows nothing but its message."""
 
 
 @dataclass(init=False)
@@ -61,7 +61,7 @@ class Args:
     data_dir: str = "data"  # folder of the images, in torchvision's layout; downloaded if missing
     eval_split: Literal["test", "validation"] = "test"  # validation: the last sixth of the training images
     run_dir: str = "runs"  # folder of the run folders
-    resume: str = ""  # run folder to go on with; its options hold, but for those that are given
+    resume: str = ""  # run folder to resume; its options apply unless given again
     log_every: int = 100  # steps between lines of metrics.jsonl, each with a checkpoint
     eval_every: int = 0  # steps between evaluations; 0: a fifth of the run
     num_steps: int = 0  # updates of the network; 0: ten passes through the labels, at least 500
@@ -83,6 +83,7 @@ def set_options(args, options: dict) -> None:
     base = {}
     for name, presets in PRESETS.items():
         base |= presets.get(options.get(name), {})
+    # The command line gives every option, of a resumed run those of the run that were not typed.
     if options.get("resume") and len(options) < len(fields(args)):
         base = load_checkpoint(options["resume"])["args"]
         del base["device"]  # another machine may go on
@@ -100,7 +101,7 @@ def set_options(args, options: dict) -> None:
             raise UserError(f"{f.name} must be positive and finite, not {value!r}")
         setattr(args, f.name, value)
     if options:
-        raise UserError(f"there are no options {list(options)}")
+        raise UserError(f"unknown options: {list(options)}")
 
 
 # ---- Data -----------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> list[Tensor]:
             for train in (True, False):
                 part = getattr(torchvision.datasets, name)(data_dir, train=train, download=True)
                 if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
-                    raise ValueError(f"needed are 28 x 28 images of classes 0 to 9, not {part.data.shape}")
+                    raise ValueError(f"expected 28 x 28 images of classes 0 to 9, not {part.data.shape}")
                 parts += [part.data, part.targets]
         except Exception as error:
             raise UserError(f"no {dataset} in {Path(data_dir, name, 'raw')}: {error!r:.200}") from error
@@ -172,7 +173,7 @@ def augment(images: Tensor) -> Tensor:
 
 # ---- Run folder -----------------------------------------------------------------------------------------
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let write make a file beside path, then move it there: nobody sees half a file."""
+    """Write a file beside path and move it into place, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_stem(f"{path.stem}.{os.getpid()}-{threading.get_ident()}")
     write(beside)
@@ -188,7 +189,7 @@ def load_checkpoint(run: str | os.PathLike) -> dict:
         path = Path(run, "checkpoint.pt").expanduser()
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] != SCRIPT:
-            raise ValueError(f"it is of {checkpoint['script']}.py, not of {SCRIPT}.py")
+            raise ValueError(f"written by {checkpoint['script']}.py, not {SCRIPT}.py")
     except Exception as error:
         raise UserError(f"{run}/checkpoint.pt is missing, damaged or not a run's: {error!r:.80}") from error
     return checkpoint
@@ -247,7 +248,7 @@ def move_average(averages: list[Tensor], values: list[Tensor], count: Tensor) ->
 def train(args: Args) -> Path:
     """Train, evaluate and save; return the run folder.
 
-    Raises UserError for what the user can mend. After Ctrl-C or SIGTERM it saves and raises SystemExit.
+    Raises UserError for what the user can fix. After Ctrl-C or SIGTERM it saves and raises SystemExit.
     """
     with ExitStack() as stack:  # puts back what a run changes in the process
         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))

@@ -55,7 +55,7 @@ MAY_BE_ZERO = ("seed", "generate", "num_eval_samples", "cycle_weight", "identity
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the command line shows nothing but its message."""
+    """A mistake that the user can fix; the command line shows nothing but its message."""
 
 
 @dataclass(init=False)
@@ -71,7 +71,7 @@ class Args:
     data_dir: str = "data"  # folder of MNIST in torchvision's layout and of usps.bz2 and usps.t.bz2
     eval_split: Literal["test", "validation"] = "test"  # validation: the last sixth of the training images
     run_dir: str = "runs"  # folder of the run folders
-    resume: str = ""  # run folder to go on with; its options hold, but for those that are given
+    resume: str = ""  # run folder to resume; its options apply unless given again
     generate: int = 0  # instead of training, translate so many test images by the run --resume
     input: str = ""  # likewise, but the images in this folder: 28 x 28, or 16 x 16 of USPS, white on black
     direction: Literal["mnist2usps", "usps2mnist"] = "mnist2usps"  # of --generate and --input
@@ -100,6 +100,7 @@ def set_options(args, options: dict) -> None:
     base = {}
     for name, presets in PRESETS.items():
         base |= presets.get(options.get(name), {})
+    # The command line gives every option, of a resumed run those of the run that were not typed.
     if options.get("resume") and len(options) < len(fields(args)):
         base = load_checkpoint(options["resume"])["args"]
         del base["device"]  # another machine may go on
@@ -117,7 +118,7 @@ def set_options(args, options: dict) -> None:
             raise UserError(f"{f.name} must be positive and finite, not {value!r}")
         setattr(args, f.name, value)
     if options:
-        raise UserError(f"there are no options {list(options)}")
+        raise UserError(f"unknown options: {list(options)}")
 
 
 # ---- Data -----------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def load_domain(name: str, data_dir: str, eval_split: str) -> list[Tensor]:
             if name == "usps":
                 images = center_digits(images)
             if images.shape != (len(labels), 28, 28) or labels.max() > 9:
-                raise ValueError(f"needed are 28 x 28 images of classes 0 to 9, not {images.shape}")
+                raise ValueError(f"expected 28 x 28 images of classes 0 to 9, not {images.shape}")
             parts += [images, labels]
     except Exception as error:
         raise UserError(f"no {name} in {data_dir}: {error!r:.200}") from error
@@ -268,7 +269,7 @@ def translation_metrics(translator, source: list[Tensor], target: list[Tensor], 
 
 # ---- Run folder -----------------------------------------------------------------------------------------
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let write make a file beside path, then move it there: nobody sees half a file."""
+    """Write a file beside path and move it into place, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_stem(f"{path.stem}.{os.getpid()}-{threading.get_ident()}")
     write(beside)
@@ -284,7 +285,7 @@ def load_checkpoint(run: str | os.PathLike) -> dict:
         path = Path(run, "checkpoint.pt").expanduser()
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] != SCRIPT:
-            raise ValueError(f"it is of {checkpoint['script']}.py, not of {SCRIPT}.py")
+            raise ValueError(f"written by {checkpoint['script']}.py, not {SCRIPT}.py")
     except Exception as error:
         raise UserError(f"{run}/checkpoint.pt is missing, damaged or not a run's: {error!r:.80}") from error
     return checkpoint
@@ -338,7 +339,7 @@ def norm_block(layer: nn.Module, channels: int, activation: nn.Module) -> nn.Seq
 
 
 class ResidualBlock(nn.Module):
-    """Features (b, c, h, w) to themselves and two convolutions of them."""
+    """Add two convolutions of features (b, c, h, w) to them."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -427,7 +428,7 @@ def exchange(buffer: Tensor, images: Tensor) -> Tensor:
 def train(args: Args) -> Path:
     """Train, evaluate and save; return the run folder. With args.generate or args.input translate instead.
 
-    Raises UserError for what the user can mend. After Ctrl-C or SIGTERM it saves and raises SystemExit.
+    Raises UserError for what the user can fix. After Ctrl-C or SIGTERM it saves and raises SystemExit.
     """
     with ExitStack() as stack:  # puts back what a run changes in the process
         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
@@ -500,7 +501,7 @@ def train(args: Args) -> Path:
             _, _, images, labels = domains[other]
             facts[f"{name}2{other}_source_only"] = accuracy(readers[name], to_float(images), labels)
 
-        def evaluate() -> dict:
+        def evaluate() -> dict:  # which trains classifiers: not without gradients
             rows_of_pictures = []
             metrics = {}
             for direction, translator in averaged.module.items():

@@ -54,7 +54,7 @@ MAY_BE_ZERO += ("component_weight", "naming_weight")
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the command line shows nothing but its message."""
+    """A mistake that the user can fix; the command line shows nothing but its message."""
 
 
 @dataclass(init=False)
@@ -70,8 +70,8 @@ class Args:
     data_dir: str = "data"  # folder of the images, in torchvision's layout; downloaded if missing
     eval_split: Literal["test", "validation"] = "test"  # validation: the last sixth of the training images
     run_dir: str = "runs"  # folder of the run folders
-    resume: str = ""  # run folder to go on with; its options hold, but for those that are given
-    generate: int = 0  # instead of training, draw so many samples of the run --resume, into its generated/
+    resume: str = ""  # run folder to resume; its options apply unless given again
+    generate: int = 0  # instead of training, write this many samples of the run in --resume to its generated/
     component: tuple[int, ...] = ()  # with --generate: draw from these alone, of 0 to K - 1
     truncation: float = 1.0  # with --generate: factor on the standard deviations
     log_every: int = 100  # steps between lines of metrics.jsonl, each with a checkpoint
@@ -94,8 +94,9 @@ class Args:
         set_options(self, options)
         if self.generate and not self.resume:
             raise UserError("--generate needs --resume, the folder of the run that draws the samples")
-        if not all(type(k) is int and 0 <= k < self.num_components for k in self.component):
-            raise UserError(f"component must be of 0 to {self.num_components - 1}, not {self.component}")
+        k = 1 if self.latent == "normal" else self.num_components
+        if not all(type(i) is int and 0 <= i < k for i in self.component):
+            raise UserError(f"component must be of 0 to {k - 1}, not {self.component}")
 
 
 def set_options(args, options: dict) -> None:
@@ -103,6 +104,7 @@ def set_options(args, options: dict) -> None:
     base = {}
     for name, presets in PRESETS.items():
         base |= presets.get(options.get(name), {})
+    # The command line gives every option, of a resumed run those of the run that were not typed.
     if options.get("resume") and len(options) < len(fields(args)):
         base = load_checkpoint(options["resume"])["args"]
         del base["device"]  # another machine may go on
@@ -120,7 +122,7 @@ def set_options(args, options: dict) -> None:
             raise UserError(f"{f.name} must be positive and finite, not {value!r}")
         setattr(args, f.name, value)
     if options:
-        raise UserError(f"there are no options {list(options)}")
+        raise UserError(f"unknown options: {list(options)}")
 
 
 # ---- Data -----------------------------------------------------------------------------------------------
@@ -141,7 +143,7 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> list[Tensor]:
             for train in (True, False):
                 part = getattr(torchvision.datasets, name)(data_dir, train=train, download=True)
                 if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
-                    raise ValueError(f"needed are 28 x 28 images of classes 0 to 9, not {part.data.shape}")
+                    raise ValueError(f"expected 28 x 28 images of classes 0 to 9, not {part.data.shape}")
                 parts += [part.data, part.targets]
         except Exception as error:
             raise UserError(f"no {dataset} in {Path(data_dir, name, 'raw')}: {error!r:.200}") from error
@@ -252,7 +254,7 @@ def cluster_metrics(labels: Tensor, found: Tensor) -> dict:
 
 # ---- Run folder -----------------------------------------------------------------------------------------
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let write make a file beside path, then move it there: nobody sees half a file."""
+    """Write a file beside path and move it into place, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_stem(f"{path.stem}.{os.getpid()}-{threading.get_ident()}")
     write(beside)
@@ -268,7 +270,7 @@ def load_checkpoint(run: str | os.PathLike) -> dict:
         path = Path(run, "checkpoint.pt").expanduser()
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] != SCRIPT:
-            raise ValueError(f"it is of {checkpoint['script']}.py, not of {SCRIPT}.py")
+            raise ValueError(f"written by {checkpoint['script']}.py, not {SCRIPT}.py")
     except Exception as error:
         raise UserError(f"{run}/checkpoint.pt is missing, damaged or not a run's: {error!r:.80}") from error
     return checkpoint
@@ -363,7 +365,8 @@ def non_saturating_losses(l_real: Tensor, l_fake: Tensor) -> tuple[Tensor, Tenso
 def relativistic_losses(l_real: Tensor, l_fake: Tensor) -> tuple[Tensor, Tensor]:
     """Return the losses of discriminator and generator, scalars, for logits (b,) of samples in pairs.
 
-    Huang et al. 2024, section 2: only the differences of logits count.
+    Huang et al. 2024, section 2: softplus(l(G(z)) - l(x)) for the discriminator, softplus(l(x) - l(G(z))) for
+    the generator.
     """
     return F.softplus(l_fake - l_real).mean(), F.softplus(l_real - l_fake).mean()
 
@@ -380,9 +383,9 @@ def information_loss(logits: Tensor, logits_augmented: Tensor) -> Tensor:
     Hu et al. 2017, eqs. 5 and 7: -I = E H(p) - H(E p), and the cross-entropy of augmented images with p.
     """
     p = logits.softmax(1)
-    log_mean = p.mean(0).log()
+    mean = p.mean(0)
     confident = -(p * logits.log_softmax(1)).sum(1).mean()
-    balanced = (p.mean(0) * log_mean).sum()
+    balanced = torch.xlogy(mean, mean).sum()
     invariant = -(p.detach() * logits_augmented.log_softmax(1)).sum(1).mean()
     return confident + balanced + invariant
 
@@ -391,7 +394,7 @@ def information_loss(logits: Tensor, logits_augmented: Tensor) -> Tensor:
 def train(args: Args) -> Path:
     """Train, evaluate and save; return the run folder. With args.generate draw samples of a run instead.
 
-    Raises UserError for what the user can mend. After Ctrl-C or SIGTERM it saves and raises SystemExit.
+    Raises UserError for what the user can fix. After Ctrl-C or SIGTERM it saves and raises SystemExit.
     """
     with ExitStack() as stack:  # puts back what a run changes in the process
         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
@@ -412,7 +415,7 @@ def train(args: Args) -> Path:
         k = len(mixture.means)
         model = nn.ModuleDict({"mixture": mixture, "generator": generator}).to(args.device)
         discriminator = make_discriminator(k).to(args.device)
-        decay = min(0.999, 1 - 10 / max(10, args.num_steps))  # a short run has a short memory
+        decay = min(0.999, 1 - 10 / max(10, args.num_steps))  # a short run averages over fewer steps
         averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer_g = torch.optim.Adam(trained, betas=(0.0, 0.99), fused=True)  # no momentum

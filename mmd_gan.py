@@ -58,7 +58,7 @@ MAY_BE_ZERO = ("seed", "generate", "num_eval_samples")
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the command line shows nothing but its message."""
+    """A mistake that the user can fix; the command line shows nothing but its message."""
 
 
 @dataclass(init=False)
@@ -75,11 +75,11 @@ class Args:
     data_dir: str = "data"  # folder of the images, in torchvision's layout; downloaded if missing
     eval_split: Literal["test", "validation"] = "test"  # validation: the last sixth of the training images
     run_dir: str = "runs"  # folder of the run folders
-    resume: str = ""  # run folder to go on with; its options hold, but for those that are given
-    generate: int = 0  # instead of training, draw so many samples of the run --resume, into its generated/
+    resume: str = ""  # run folder to resume; its options apply unless given again
+    generate: int = 0  # instead of training, write this many samples of the run in --resume to its generated/
     log_every: int = 100  # steps between lines of metrics.jsonl, each with a checkpoint
     eval_every: int = 2400  # steps between evaluations, each with a picture
-    num_eval_samples: int = 10_000  # samples drawn for an evaluation; 0: none of images
+    num_eval_samples: int = 10_000  # samples per evaluation; 0 skips it for images
     num_steps: int = 12_000  # updates of the generator
     batch_size: int = 64  # samples in a batch
     latent_dim: int = 32  # size of the generator's Gaussian input
@@ -107,6 +107,7 @@ def set_options(args, options: dict) -> None:
     base = {}
     for name, presets in PRESETS.items():
         base |= presets.get(options.get(name), {})
+    # The command line gives every option, of a resumed run those of the run that were not typed.
     if options.get("resume") and len(options) < len(fields(args)):
         base = load_checkpoint(options["resume"])["args"]
         del base["device"]  # another machine may go on
@@ -124,7 +125,7 @@ def set_options(args, options: dict) -> None:
             raise UserError(f"{f.name} must be positive and finite, not {value!r}")
         setattr(args, f.name, value)
     if options:
-        raise UserError(f"there are no options {list(options)}")
+        raise UserError(f"unknown options: {list(options)}")
 
 
 # ---- Data -----------------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> list[Tensor]:
             for train in (True, False):
                 part = getattr(torchvision.datasets, name)(data_dir, train=train, download=True)
                 if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
-                    raise ValueError(f"needed are 28 x 28 images of classes 0 to 9, not {part.data.shape}")
+                    raise ValueError(f"expected 28 x 28 images of classes 0 to 9, not {part.data.shape}")
                 parts += [part.data, part.targets]
         except Exception as error:
             raise UserError(f"no {dataset} in {Path(data_dir, name, 'raw')}: {error!r:.200}") from error
@@ -258,7 +259,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> list[float | Non
 
 # ---- Run folder -----------------------------------------------------------------------------------------
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let write make a file beside path, then move it there: nobody sees half a file."""
+    """Write a file beside path and move it into place, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_stem(f"{path.stem}.{os.getpid()}-{threading.get_ident()}")
     write(beside)
@@ -274,7 +275,7 @@ def load_checkpoint(run: str | os.PathLike) -> dict:
         path = Path(run, "checkpoint.pt").expanduser()
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] != SCRIPT:
-            raise ValueError(f"it is of {checkpoint['script']}.py, not of {SCRIPT}.py")
+            raise ValueError(f"written by {checkpoint['script']}.py, not {SCRIPT}.py")
     except Exception as error:
         raise UserError(f"{run}/checkpoint.pt is missing, damaged or not a run's: {error!r:.80}") from error
     return checkpoint
@@ -351,8 +352,6 @@ def make_encoder(toy: bool) -> nn.Sequential:
     for layer in network:
         if hasattr(layer, "weight"):
             nn.utils.parametrizations.spectral_norm(layer)
-    # The norms bound the features' distances by those of the images: too close for the kernel to tell.
-    network[-1].register_forward_hook(lambda layer, inputs, output: 4 * output)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -377,16 +376,18 @@ def kernel_means(
 
     Args:
         x, y: points (n, d) and (m, d), both float32 or both float64, on one device.
-        bandwidths: the mixture, (s,) positive numbers or one; a tensor has gradients (a learned kernel).
+        bandwidths: the mixture, (s,) positive numbers or one; a tensor (a learned kernel) has gradients
+            and is not checked.
         kernel: "gaussian", sum_s w_s exp(-|a - b|^2 / 2 s^2), or "rational_quadratic", sum_s w_s
             (1 + |a - b|^2 / 2 s)^-s (Binkowski et al. 2018, section 2.1).
-        unbiased: leave the pairs of a point with itself out (Gretton et al. 2012, eq. 3), or not (eq. 5).
+        unbiased: omit the pairs of a point with itself (Gretton et al. 2012, eq. 3), or not (eq. 5).
         weights: (s,) weights w of the mixture, 1 by default; a tensor has gradients.
 
     Raises ValueError for other shapes, dtypes, devices, kernels or bandwidths, and for fewer than two points
     in an unbiased mean. Of points that are not finite the means are NaN.
     """
-    bandwidths = (bandwidths,) if isinstance(bandwidths, int | float) else bandwidths
+    one = isinstance(bandwidths, int | float) or getattr(bandwidths, "ndim", 1) == 0
+    bandwidths = (bandwidths,) if one else bandwidths
     weights = weights if len(weights) else (1.0,) * len(bandwidths)
     n, m = len(x), len(y)
     shapes = x.dim() == y.dim() == 2 and x.shape[1] == y.shape[1]
@@ -400,7 +401,7 @@ def kernel_means(
         raise ValueError(f"bandwidths must be positive, one for each weight, not {bandwidths}, {weights}")
     if min(n, m) < 1 + unbiased:
         raise ValueError(f"{n} and {m} points are too few")
-    learned = isinstance(bandwidths, Tensor) or isinstance(weights, Tensor)
+    learned = any(isinstance(v, Tensor) for v in (*bandwidths, *weights))
     pair_sums = dense_sums if learned or torch.compiler.is_compiling() else PairSums.apply
     with torch.autocast(x.device.type, enabled=False):
         z = torch.cat((x, y))
@@ -436,8 +437,8 @@ def dense_sums(z: Tensor, n: int, kernel: str, mixture) -> Tensor:
         exponent = -t / (2 * s * s) if kernel == "gaussian" else -s * (1 + t / (2 * s)).log()
         k = k + weight * exponent.clamp(min=TINY * math.log(2)).exp()
     k = k.tril(-1)  # each pair once, and no point with itself
-    k_xy = k[n:, :n].sum()
-    return torch.stack((2 * k[:n, :n].sum(), k_xy, k_xy, 2 * k[n:, n:].sum())).view(2, 2)
+    k_xx, k_yy, k_xy = 2 * k[:n, :n].sum(), 2 * k[n:, n:].sum(), k[n:, :n].sum()
+    return torch.stack((k_xx, k_xy, k_xy, k_yy)).view(2, 2)
 
 
 class PairSums(torch.autograd.Function):
@@ -475,7 +476,8 @@ def torch_sums(z: Tensor, n: int, kernel: str, mixture) -> tuple[Tensor, Tensor]
     norms = z.square().sum(1)
     sums = z.new_zeros(2, 2, dtype=torch.float32 if z.is_mps else torch.float64)
     grads = z.new_zeros(2, *z.shape)
-    buffers = z.new_empty(3, TILE * TILE)
+    width = min(TILE, max(n, len(z) - n))  # of a tile at most; deterministic torch fills what is empty
+    buffers = z.new_empty(3, width * width)
     for i, rows in enumerate(blocks):
         for cols in blocks[i:]:  # a tile below the diagonal is the transpose of one above
             side, other = int(rows.start >= n), int(cols.start >= n)
@@ -605,7 +607,7 @@ def gather(h: Tensor) -> Tensor:
 def train(args: Args) -> Path:
     """Train, evaluate and save; return the run folder. With args.generate draw samples of a run instead.
 
-    Raises UserError for what the user can mend. After Ctrl-C or SIGTERM it saves and raises SystemExit.
+    Raises UserError for what the user can fix. After Ctrl-C or SIGTERM it saves and raises SystemExit.
     """
     toy, device = args.dataset in ("ring", "grid"), torch.device(args.device)
     with ExitStack() as stack:  # puts back what a run changes in the process
@@ -631,12 +633,16 @@ def train(args: Args) -> Path:
 
         torch.manual_seed(args.seed)
         generator = make_mlp(args.latent_dim, 2, nn.ReLU()) if toy else make_generator(args.latent_dim)
-        critic = make_encoder(toy) if args.encoder == "learned" else nn.Flatten()
+        critic = nn.Flatten()
+        if args.encoder == "learned":
+            critic = make_encoder(toy)
+            # Spectral norm bounds features' distances by those of images: too close for the kernel to tell
+            critic[-1].register_forward_hook(lambda layer, inputs, output: 4 * output)
         generator.to(device)
         critic.to(device)
         for p in (*generator.parameters(), *critic.parameters()) if world_size > 1 else ():
             p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))  # the sum over processes
-        decay = min(0.999, 1 - 10 / max(10, args.num_steps))  # a short run has a short memory
+        decay = min(0.999, 1 - 10 / max(10, args.num_steps))  # a short run averages over fewer steps
         averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         optimizer_g = torch.optim.Adam(generator.parameters(), betas=(0.5, 0.999), fused=True)
         parts = {"generator": generator, "averaged": averaged, "optimizer_g": optimizer_g}

@@ -50,7 +50,7 @@ MAY_BE_ZERO = ("seed", "generate", "num_eval_samples", "penalty_weight")
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the command line shows nothing but its message."""
+    """A mistake that the user can fix; the command line shows nothing but its message."""
 
 
 @dataclass(init=False)
@@ -67,11 +67,11 @@ class Args:
     data_dir: str = "data"  # folder of the images, in torchvision's layout; downloaded if missing
     eval_split: Literal["test", "validation"] = "test"  # validation: the last sixth of the training images
     run_dir: str = "runs"  # folder of the run folders
-    resume: str = ""  # run folder to go on with; its options hold, but for those that are given
-    generate: int = 0  # instead of training, draw so many samples of the run --resume, into its generated/
+    resume: str = ""  # run folder to resume; its options apply unless given again
+    generate: int = 0  # instead of training, write this many samples of the run in --resume to its generated/
     log_every: int = 100  # steps between lines of metrics.jsonl, each with a checkpoint
     eval_every: int = 1400  # steps between evaluations, each with a picture
-    num_eval_samples: int = 10_000  # samples drawn for an evaluation; 0: none of images
+    num_eval_samples: int = 10_000  # samples per evaluation; 0 skips it for images
     num_steps: int = 7000  # updates of the generator
     batch_size: int = 64  # samples in a batch
     latent_dim: int = 32  # size of the generator's Gaussian input
@@ -92,6 +92,7 @@ def set_options(args, options: dict) -> None:
     base = {}
     for name, presets in PRESETS.items():
         base |= presets.get(options.get(name), {})
+    # The command line gives every option, of a resumed run those of the run that were not typed.
     if options.get("resume") and len(options) < len(fields(args)):
         base = load_checkpoint(options["resume"])["args"]
         del base["device"]  # another machine may go on
@@ -109,7 +110,7 @@ def set_options(args, options: dict) -> None:
             raise UserError(f"{f.name} must be positive and finite, not {value!r}")
         setattr(args, f.name, value)
     if options:
-        raise UserError(f"there are no options {list(options)}")
+        raise UserError(f"unknown options: {list(options)}")
 
 
 # ---- Data -----------------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> list[Tensor]:
             for train in (True, False):
                 part = getattr(torchvision.datasets, name)(data_dir, train=train, download=True)
                 if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
-                    raise ValueError(f"needed are 28 x 28 images of classes 0 to 9, not {part.data.shape}")
+                    raise ValueError(f"expected 28 x 28 images of classes 0 to 9, not {part.data.shape}")
                 parts += [part.data, part.targets]
         except Exception as error:
             raise UserError(f"no {dataset} in {Path(data_dir, name, 'raw')}: {error!r:.200}") from error
@@ -243,7 +244,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> list[float | Non
 
 # ---- Run folder -----------------------------------------------------------------------------------------
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let write make a file beside path, then move it there: nobody sees half a file."""
+    """Write a file beside path and move it into place, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_stem(f"{path.stem}.{os.getpid()}-{threading.get_ident()}")
     write(beside)
@@ -259,7 +260,7 @@ def load_checkpoint(run: str | os.PathLike) -> dict:
         path = Path(run, "checkpoint.pt").expanduser()
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] != SCRIPT:
-            raise ValueError(f"it is of {checkpoint['script']}.py, not of {SCRIPT}.py")
+            raise ValueError(f"written by {checkpoint['script']}.py, not {SCRIPT}.py")
     except Exception as error:
         raise UserError(f"{run}/checkpoint.pt is missing, damaged or not a run's: {error!r:.80}") from error
     return checkpoint
@@ -364,7 +365,7 @@ def gradient_penalty(f: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor) 
 def train(args: Args) -> Path:
     """Train, evaluate and save; return the run folder. With args.generate draw samples of a run instead.
 
-    Raises UserError for what the user can mend. After Ctrl-C or SIGTERM it saves and raises SystemExit.
+    Raises UserError for what the user can fix. After Ctrl-C or SIGTERM it saves and raises SystemExit.
     """
     toy, device = args.dataset in ("ring", "grid"), torch.device(args.device)
     with ExitStack() as stack:  # puts back what a run changes in the process
@@ -377,7 +378,7 @@ def train(args: Args) -> Path:
         generator = make_mlp(args.latent_dim, 2, nn.ReLU()) if toy else make_generator(args.latent_dim)
         critic = (make_mlp(2, 1, nn.LeakyReLU(0.2)) if toy else make_critic()).to(device)
         generator.to(device)
-        decay = min(0.999, 1 - 10 / max(10, args.num_steps))  # a short run has a short memory
+        decay = min(0.999, 1 - 10 / max(10, args.num_steps))  # a short run averages over fewer steps
         averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         optimizer_g = torch.optim.Adam(generator.parameters(), betas=(0.0, 0.9), fused=True)  # no momentum
         optimizer_c = torch.optim.Adam(critic.parameters(), betas=(0.0, 0.9), fused=True)
