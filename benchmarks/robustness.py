@@ -9,7 +9,11 @@ A row is a data set: digits, or the first 10,000 images of MNIST, of MNIST inver
   the mean of the last 20 (end). dead: a least under 1e-3, features are far apart. bad: the smallest of the
   three is over 0.999 in one of the last 20 steps, features are alike. alike: its peak over steps and seeds.
 - wgan_gp, critic_std in the last 20 steps: the least and the mean (end). dead: a least under 1e-4, the critic
-  is flat. bad: a loss over 1e4 in absolute value. failed, of both: an error, as of a loss that is not finite.
+  is flat. bad: a loss over 1e4 in absolute value.
+- sinkhorn_gan, the generator's loss as a share of the mean cost where it is a cosine, so of at most 2: the
+  least of all steps, and the mean of the last 20 (end). dead: a least under 1e-5, all features are alike.
+
+failed, of all: an error, as of a loss that is not finite.
 """
 
 import contextlib
@@ -82,12 +86,15 @@ def train(script: str, steps: int, options: dict) -> list[float] | str:
         k = np.array([[row["k_xx"], row["k_yy"], row["k_xy"]] for row in rows]) / len(args.bandwidths)
         high, low = k.max(1), k.min(1)
         return [high.min(), high[-20:].mean(), high.min() < 1e-3, low[-20:].max() > 0.999, low.max(), speed]
+    if script == "sinkhorn_gan":
+        loss = np.abs([row["loss_g"] for row in rows])
+        return [loss.min(), loss[-20:].mean(), loss.min() < 1e-5, loss.max() > 1e4, np.nan, speed]
     std = [row["critic_std"] for row in rows[-20:]]
     loss = max(abs(row[name]) for row in rows for name in ("loss_c", "loss_g"))
     return [min(std), np.mean(std), min(std) < 1e-4, loss > 1e4, np.nan, speed]
 
 
-def main(script: Literal["mmd_gan", "wgan_gp"] = "mmd_gan", seeds: int = 40, steps: int = 100,
+def main(script: Literal["mmd_gan", "sinkhorn_gan", "wgan_gp"] = "mmd_gan", seeds: int = 40, steps: int = 100,
          datasets: tuple[Data, ...] = get_args(Data), data_dir: str = "data",
          jobs: int = cpu_count(), options: str = "") -> None:  # fmt: skip
     """Run seeds 1, 2, ... on every data set in processes of one thread; options are the script's, a=1 b=2."""
