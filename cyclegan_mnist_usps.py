@@ -138,7 +138,7 @@ def load_domain(name: str, data_dir: str, eval_split: str) -> list[Tensor]:
                 raise ValueError(f"expected 28 x 28 images of classes 0 to 9, not {images.shape}")
             parts += [images, labels]
     except Exception as error:
-        raise UserError(f"no {name} in {data_dir}: {error!r:.200}") from error
+        raise UserError(f"no {name} in {data_dir}, see --data-dir: {error!r:.200}") from error
     if eval_split == "validation":
         n = len(parts[0]) * 5 // 6
         parts = [parts[0][:n], parts[1][:n], parts[0][n:], parts[1][n:]]

@@ -134,7 +134,8 @@ def load_images(dataset: str, data_dir: str, eval_split: str) -> list[Tensor]:
                     raise ValueError(f"expected 28 x 28 images of classes 0 to 9, not {part.data.shape}")
                 parts += [part.data, part.targets]
         except Exception as error:
-            raise UserError(f"no {dataset} in {Path(data_dir, name, 'raw')}: {error!r:.200}") from error
+            where = f"{Path(data_dir, name, 'raw')}, see --data-dir"
+            raise UserError(f"no {dataset} in {where}: {error!r:.200}") from error
     if eval_split == "validation":
         n = len(parts[0]) * 5 // 6
         parts = [parts[0][:n], parts[1][:n], parts[0][n:], parts[1][n:]]

@@ -9,9 +9,19 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 HARD = ("torch", "torchvision", "tyro", "numpy", "tqdm")  # what a script may import at its top
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([*HARD])
+
+
+def environment(changes: dict | None = None) -> dict:
+    """This process's environment with changes; None takes a variable away."""
+    env = os.environ | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}
+    env |= {"CUDA_VISIBLE_DEVICES": ""}  # see no_gpu_but_for_its_tests
+    # A W&B service that this process has started writes to paths that are relative to this one's folder.
+    env |= {"WANDB_SERVICE": None} | (changes or {})
+    return {name: value for name, value in env.items() if value is not None}
 
 
 def run_script(path: str, *args: str) -> None:
@@ -21,7 +31,8 @@ def run_script(path: str, *args: str) -> None:
 
 
 def run_code(code: str) -> None:
-    """`python -c code`, here."""
+    """`python -c code`, here, with the scripts as modules."""
+    sys.path.insert(0, str(ROOT))
     exec(code, {"__name__": "__main__"})
 
 
@@ -38,12 +49,13 @@ def begin(function: Callable, args: tuple, folder: str, env: dict, outputs: list
 
 
 class Command:
-    """A process that does run_script or run_code with args, in a folder and under an environment."""
+    """A process that does run_script or run_code with args, in a folder, with changes of the environment."""
 
-    def __init__(self, function: Callable, *args: str, folder: Path, env: dict):
+    def __init__(self, function: Callable, *args: str, folder: Path = ROOT, env: dict | None = None):
         self.args, self.place = args, tempfile.TemporaryDirectory()
         self.outputs = [str(Path(self.place.name) / name) for name in ("stdout", "stderr")]
-        self.process = context.Process(target=begin, args=(function, args, str(folder), env, self.outputs))
+        begun = function, args, str(folder), environment(env), self.outputs
+        self.process = context.Process(target=begin, args=begun)
         self.process.start()
 
     def finish(self, timeout: float = 300) -> subprocess.CompletedProcess:

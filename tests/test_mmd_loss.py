@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import memory_of
+from conftest import assert_near, cloud, memory_of, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,21 +12,14 @@ import wgan_gp
 from mmd_gan import kernel_means, mmd2
 
 CHAIN = (1.0, 2.0, 4.0)
-MEANS = ("k_xx", "k_yy", "k_xy")
 BOTH = pytest.mark.parametrize("kernel", ["gaussian", "rational_quadratic"])
-
-
-def cloud(n: int, d: int, seed: int = 0, shift: float = 0.0, dtype=torch.float64) -> torch.Tensor:
-    """n Gaussian points around (shift, ..., shift)."""
-    rng = torch.Generator().manual_seed(seed)
-    return (torch.randn(n, d, generator=rng, dtype=torch.float64) + shift).to(dtype)
 
 
 def brute_kernel(a, b, bandwidths, kernel, weights=None) -> torch.Tensor:
     """The kernel of all pairs, from their differences."""
     t = (a[:, None] - b[None]).square().sum(2)
     k = torch.zeros_like(t)
-    for s, w in zip(bandwidths, weights or (1.0,) * len(bandwidths)):
+    for s, w in zip(bandwidths, (1.0,) * len(bandwidths) if weights is None else weights):
         k = k + w * ((-t / (2 * s * s)).exp() if kernel == "gaussian" else (1 + t / (2 * s)) ** -s)
     return k
 
@@ -41,31 +34,22 @@ def brute_means(x, y, bandwidths, kernel="gaussian", unbiased=True, weights=None
     return [*means, brute_kernel(x, y, bandwidths, kernel, weights).mean()]
 
 
-def with_gradients(function, *points) -> list[torch.Tensor]:
-    """What the function returns, and the gradients of each of it in each of the points."""
-    points = [p.clone().requires_grad_() for p in points]
-    values = function(*points)
-    values = values if isinstance(values, tuple | list) else [values]
-    out = []
-    for value in values:
-        grads = torch.autograd.grad(value, points, retain_graph=True, allow_unused=True)
-        out += [value.detach(), *(torch.zeros_like(p) if g is None else g for p, g in zip(points, grads))]
-    return out
+def both(x, y, *options, **more) -> tuple[list, list]:
+    """The means of kernel_means and, in float64, of brute_means, with their gradients."""
+    got = with_gradients(lambda x, y: kernel_means(x, y, *options, **more), x, y)
+    want = with_gradients(lambda x, y: brute_means(x, y, *options, **more), x.double(), y.double())
+    return got, want
 
 
-def assert_near(got, want, rel: float) -> None:
-    """Equal up to a share of the norm."""
-    for g, w in zip(got, want, strict=True):
-        assert g.isfinite().all()
-        assert (g.double() - w.double()).norm() <= rel * w.double().norm() + 1e-30
-
-
-SIZES = {
-    "odd": (5, 9, 3, 0.0),
-    "two": (2, 2, 1, 0.0),
-    "far": (30, 21, 4, 1000.0),
-    "tiles": (700, 600, 2, 0.0),
-    "one-tile-and-a-point": (513, 12, 1, 0.0),
+SIZES = {  # n, m, d, shift, bandwidths: 0.8 is twice 0.4, and widths may be far apart
+    "odd": (5, 9, 3, 0.0, (0.4, 0.8, 2.0, 5.0)),
+    "two": (2, 2, 1, 0.0, (0.4, 0.8, 2.0, 5.0)),
+    "far": (30, 21, 4, 1000.0, (0.4, 0.8, 2.0, 5.0)),
+    "tiles": (530, 600, 2, 0.0, (0.4, 0.8, 2.0, 5.0)),
+    "one-tile-and-a-point": (513, 12, 1, 0.0, (0.4, 0.8, 2.0, 5.0)),
+    "images": (65, 40, 784, 0.0, (10, 3, 0.5)),
+    "images, rising": (65, 40, 784, 0.0, (0.5, 10, 3)),
+    "images, halved": (65, 40, 784, 0.0, (32, 16, 8, 4, 2, 1)),
 }
 
 
@@ -74,104 +58,68 @@ SIZES = {
 @BOTH
 def test_means_and_gradients_against_pairs(kernel, size, unbiased):
     """In float64 to rounding, and in float32 to 1e-4."""
-    n, m, d, shift = SIZES[size]
-    x, y = cloud(n, d, 0, shift), cloud(m, d, 1, shift + 0.3)
-    x, y = x.float().double(), y.float().double()
-    options = {"kernel": kernel, "unbiased": unbiased, "weights": (0.5, 1.0, 3.0, 2.0)}
-    bandwidths = (0.4, 0.8, 2.0, 5.0)
-    want = with_gradients(lambda x, y: brute_means(x, y, bandwidths, **options), x, y)
-    ours = with_gradients(lambda x, y: kernel_means(x, y, bandwidths, **options), x, y)
-    assert_near(ours, want, 1e-10)
+    n, m, d, shift, bandwidths = SIZES[size]
+    x, y = cloud(n, d, 0, shift).float(), cloud(m, d, 1, shift + 0.3).float()
+    weights = (0.5, 1.0, 3.0, 2.0, 1.0, 0.7)[: len(bandwidths)]
+    options = {"kernel": kernel, "unbiased": unbiased, "weights": weights}
+    got, want = both(x.double(), y.double(), bandwidths, **options)
+    assert_near(got, want, 1e-10)
     # The largest term of a gradient may be 100 times the sum.
-    single = with_gradients(lambda x, y: kernel_means(x, y, bandwidths, **options), x.float(), y.float())
+    single = with_gradients(lambda x, y: kernel_means(x, y, bandwidths, **options), x, y)
     assert {v.dtype for v in single} == {torch.float32}
     assert_near(single, want, 1e-4)
 
 
 def test_one_point_will_do_for_the_biased_means():
-    got, want = (
-        with_gradients(lambda x, y, f=f: f(x, y, CHAIN, unbiased=False), cloud(1, 3), cloud(1, 3, 1))
-        for f in (kernel_means, brute_means)
-    )
-    assert_near(got, want, 1e-12)
+    assert_near(*both(cloud(1, 3), cloud(1, 3, 1), CHAIN, unbiased=False), 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @BOTH
 def test_duplicates(kernel, dtype):
     """Points that come twice, and sets that are equal: squared distances of zero, and no negative ones."""
-    x = cloud(20, 50, 0, 3.0, dtype)
-    x = torch.cat((x, x))
-    y = x.clone()
-    got = with_gradients(lambda x, y: kernel_means(x, y, CHAIN, kernel), x, y)
-    want = with_gradients(lambda x, y: brute_means(x, y, CHAIN, kernel), x.double(), y.double())
-    assert_near(got, want, 1e-4)
-    assert abs(mmd2(x, y, CHAIN, kernel=kernel, unbiased=False)) < 1e-5
+    x = cloud(20, 50, 0, 3.0, dtype).repeat(2, 1)
+    assert_near(*both(x, x.clone(), CHAIN, kernel), 1e-4)
+    assert abs(mmd2(x, x.clone(), CHAIN, kernel=kernel, unbiased=False)) < 1e-5
     same = torch.full((6, 4), 7.5, dtype=dtype)
-    got = with_gradients(lambda x, y: kernel_means(x, y, CHAIN, kernel), same, same)
+    got, _ = both(same, same, CHAIN, kernel)
     assert [v.item() for v in got[::3]] == [3.0] * 3
     assert all((v == 0).all() for v in got[1::3] + got[2::3])
 
 
 @pytest.mark.parametrize("unbiased", [True, False])
-@pytest.mark.parametrize("bandwidths", [(10, 3, 0.5), (0.5, 10, 3), (32, 16, 8, 4, 2, 1)])
 @BOTH
-def test_widths_far_apart_in_many_dimensions(kernel, bandwidths, unbiased):
-    x, y = torch.randn(129, 784, generator=torch.Generator().manual_seed(0)), cloud(64, 784, 1).float()
-    y = y * 1.3 + 0.2
-    options = {"kernel": kernel, "unbiased": unbiased}
-    got = with_gradients(lambda x, y: kernel_means(x, y, bandwidths, **options), x, y)
-    want = with_gradients(lambda x, y: brute_means(x, y, bandwidths, **options), x[:, :].double(), y.double())
-    assert_near(got, want, 1e-4)
+def test_derivatives_by_differences(kernel, unbiased):
+    """Of both orders; also where one side is fixed, as of a penalty on the gradient in the fake points."""
+    x, y = cloud(3, 2), cloud(4, 2, 1, 0.5)
+
+    def means(x, y):
+        return kernel_means(x, y, (0.7, 2.0), kernel=kernel, unbiased=unbiased)
+
+    for x_free, y_free in ((True, False), (False, True), (True, True)):
+        points = x.requires_grad_(x_free), y.requires_grad_(y_free)
+        assert torch.autograd.gradgradcheck(means, points)
+    assert torch.autograd.gradcheck(means, points)
 
 
 @pytest.mark.parametrize("unbiased", [True, False])
 @BOTH
-def test_derivatives_by_differences(kernel, unbiased):
-    x, y = cloud(4, 3).requires_grad_(), cloud(5, 3, 1, 0.5).requires_grad_()
-    options = {"kernel": kernel, "unbiased": unbiased}
-    assert torch.autograd.gradcheck(lambda x, y: kernel_means(x, y, (0.7, 2.0), **options), (x, y))
-    assert torch.autograd.gradgradcheck(lambda x, y: kernel_means(x, y, (0.7, 2.0), **options), (x, y))
-
-
-@pytest.mark.parametrize("alone", ["x", "y"])
-def test_second_derivatives_where_one_side_is_fixed(alone):
-    """As of a penalty on the gradient in the fake points, with real ones that have none."""
-    x, y = cloud(4, 3), cloud(5, 3, 1, 0.5)
-    free = {"x": x, "y": y}[alone].requires_grad_()
-    (grad,) = torch.autograd.grad(mmd2(x, y, CHAIN), free, create_graph=True)
-    (second,) = torch.autograd.grad(grad.square().sum(), free)
-    k_xx, k_yy, k_xy = brute_means(x, y, CHAIN)
-    (grad,) = torch.autograd.grad(k_xx + k_yy - 2 * k_xy, free, create_graph=True)
-    torch.testing.assert_close(second, torch.autograd.grad(grad.square().sum(), free)[0])
-
-
-@BOTH
-def test_a_learned_kernel_gets_gradients(kernel):
-    x, y = cloud(6, 3), cloud(7, 3, 1, 0.5)
-    s, w = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in ((0.7, 2.0), (1.0, 0.5)))
-    for unbiased in (True, False):
-
-        def means(function, unbiased=unbiased):
-            return lambda s, w, x, y: function(x, y, s, kernel=kernel, unbiased=unbiased, weights=w)
-
-        got = with_gradients(means(kernel_means), s.detach(), w.detach(), x, y)
+def test_a_learned_kernel_gets_gradients(kernel, unbiased):
+    """Also far from the origin, where float32 loses all digits of distances, unless points are centred."""
+    s, w = (torch.tensor(v, dtype=torch.float64) for v in ((0.7, 2.0), (1.0, 0.5)))
+    x, y = cloud(9, 3), cloud(7, 3, 1, 0.5)
+    for points, rel in (((x, y), 1e-10), (((x + 1000).float(), (y + 1000).float()), 1e-4)):
+        got = with_gradients(lambda s, w, x, y: kernel_means(x, y, s, kernel, unbiased, w), s, w, *points)
         want = with_gradients(
-            lambda s, w, x, y, unbiased=unbiased: brute_means(x, y, s, kernel, unbiased, [*w]), s, w, x, y
+            lambda s, w, x, y: brute_means(x, y, s, kernel, unbiased, w), s, w, *(v.double() for v in points)
         )
-        assert_near(got, want, 1e-10)
-    assert torch.autograd.gradcheck(means(kernel_means), (s, w, x, y))
-    value = mmd2(x, y, (0.7, 2.0), kernel=kernel, weights=w)  # one of them learned
-    assert torch.autograd.grad(value, w)[0].abs().min() > 0
-
-
-@BOTH
-def test_a_learned_kernel_far_from_the_origin(kernel):
-    """Where float32 loses all digits of the squared distances, unless points are centred."""
-    x, y = (cloud(9, 4, seed, 1000.0).float() for seed in (0, 1))
-    got = with_gradients(lambda x, y: kernel_means(x, y, torch.tensor(CHAIN), kernel), x, y)
-    want = with_gradients(lambda x, y: brute_means(x, y, CHAIN, kernel), x.double(), y.double())
-    assert_near(got, want, 1e-4)
+        assert_near(got, want, rel)
+    losses = (  # of numbers in a list, of one alone, and of weights
+        lambda v: mmd2(x, y, [*v], kernel=kernel),
+        lambda v: mmd2(x, y, v[0], kernel=kernel),
+        lambda v: mmd2(x, y, (0.7, 2.0), kernel=kernel, weights=v),
+    )
+    assert all(with_gradients(loss, w)[1].abs().max() > 0 for loss in losses)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 3.0, 10.0, 30.0, 100.0])
@@ -179,23 +127,16 @@ def test_a_learned_kernel_far_from_the_origin(kernel):
 @BOTH
 def test_no_denormal_numbers(kernel, kind, scale):
     """They would take a CPU 100 times as long: what is far below all else counts as none."""
-    x, y = cloud(60, 8, dtype=torch.float32) * scale, cloud(50, 8, 1, dtype=torch.float32) * scale
-    bandwidths = (0.5, 1.0, 2.0)
-    got = with_gradients(lambda x, y: kernel_means(x, y, kind(bandwidths), kernel), x, y)
-    for value in got:
-        assert value.isfinite().all()
-        assert not ((value != 0) & (value.abs() < torch.finfo(torch.float32).tiny)).any()
-    want = with_gradients(lambda x, y: brute_means(x, y, bandwidths, kernel), x.double(), y.double())
-    for g, w in zip(got, want, strict=True):
+    x, y = (scale * v for v in (cloud(60, 8, dtype=torch.float32), cloud(50, 8, 1, dtype=torch.float32)))
+    for g, w in zip(*both(x, y, kind((0.5, 1.0, 2.0)), kernel), strict=True):
         torch.testing.assert_close(g.double(), w, rtol=1e-3, atol=1e-6)
+        assert not ((g != 0) & (g.abs() < torch.finfo(torch.float32).tiny)).any()
 
 
 def test_options_and_inputs():
     """Gaussian, unbiased, weights of one; a number is a mixture of one; strides may be any; x and y stay."""
-    x, y = (
-        cloud(3, 40, dtype=torch.float32).T.requires_grad_(),
-        cloud(80, 6, 1, dtype=torch.float32)[::2, ::2],
-    )
+    x = cloud(3, 40, dtype=torch.float32).T.requires_grad_()
+    y = cloud(80, 6, 1, dtype=torch.float32)[::2, ::2]
     before = x.detach().clone(), y.clone()
     plain = mmd2(x, y, CHAIN)
     plain.backward()
@@ -213,19 +154,17 @@ def test_options_and_inputs():
 def test_compiled(n, m):
     x, y = cloud(n, 8, dtype=torch.float32), cloud(m, 8, 1, 0.4, torch.float32)
     compiled = torch.compile(lambda v: mmd2(v, y, CHAIN), backend="aot_eager")
-    v = x.clone().requires_grad_()
-    value = compiled(v)
-    value.backward()
+    value, grad = with_gradients(compiled, x)
     want = with_gradients(lambda v: mmd2(v, y, CHAIN), x)
     assert abs(value - want[0]) < 1e-5
-    assert (v.grad - want[1]).norm() < 1e-3 * want[1].norm()
+    assert_near(grad, want[1], 1e-3)
 
 
 @pytest.mark.parametrize("kind", [tuple, torch.tensor])
 @BOTH
 def test_autocast_changes_nothing(kernel, kind):
     """Matrix products in bfloat16 would lose all digits of small distances; also of second derivatives."""
-    x, y = (v.requires_grad_() for v in (cloud(20, 16, dtype=torch.float32), cloud(9, 16, 1).float()))
+    x, y = (v.float().requires_grad_() for v in (cloud(20, 16), cloud(9, 16, 1)))
     found = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
@@ -248,23 +187,17 @@ X, Y = cloud(4, 3), cloud(5, 3, 1)
     [
         (X[0], Y, CHAIN, {}, r"\(3,\) .* and \(5, 3\)"),
         (X, Y[:, :2], CHAIN, {}, r"\(4, 3\) .* and \(5, 2\)"),
-        (X[None], Y, CHAIN, {}, r"\(1, 4, 3\)"),
         (X, Y.float(), CHAIN, {}, "torch.float64 .*torch.float32"),
-        (X.long(), Y.long(), CHAIN, {}, "torch.int64"),
-        (X.bfloat16(), Y.bfloat16(), CHAIN, {}, "torch.bfloat16"),
         (X.half(), Y.half(), CHAIN, {}, "torch.float16"),
         (X, Y.to("meta"), CHAIN, {}, "cpu.*meta"),
-        (X[:1], Y, CHAIN, {}, "1 and 5 points"),
         (X, Y[:1], CHAIN, {}, "4 and 1 points"),
         (X[:0], Y, CHAIN, {"unbiased": False}, "0 and 5 points"),
         (X, Y, (1.0, 0.0), {}, r"bandwidths must be positive.*\(1.0, 0.0\)"),
-        (X, Y, (-1.0,), {"kernel": "rational_quadratic"}, r"bandwidths must be positive.*-1.0"),
         (X, Y, -1.0, {}, r"bandwidths must be positive.*-1.0"),
         (X, Y, (math.inf,), {}, "bandwidths must be positive.*inf"),
         (X, Y, (math.nan,), {}, "bandwidths must be positive.*nan"),
         (X, Y, (), {}, r"bandwidths must be positive.*\(\)"),
         (X, Y, CHAIN, {"weights": (1.0, 2.0)}, r"\(1.0, 2.0, 4.0\).*\(1.0, 2.0\)"),
-        (X, Y, torch.tensor(CHAIN), {"weights": (1.0, 2.0)}, r"tensor.*\(1.0, 2.0\)"),
         (X, Y, CHAIN, {"kernel": "laplace"}, "gaussian or rational_quadratic.*'laplace'"),
     ],
 )
@@ -288,18 +221,14 @@ def test_points_that_are_not_finite(x, y, kind, kernel):
 
 
 def test_penalty_of_a_linear_function():
-    """(|w| - 1)^2 at every point, with derivatives."""
+    """(|w| - 1)^2 at every point, with derivatives; of images, too, and of values (b,) or (b, 1)."""
     w = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
-    real, fake = cloud(5, 2), cloud(5, 2, 1)
-    for f in (lambda t: t @ w, lambda t: (t @ w)[:, None]):
-        penalty = wgan_gp.gradient_penalty(f, real, fake)
-        assert penalty.item() == 16.0 and penalty.shape == ()
-        (grad,) = torch.autograd.grad(penalty, w)
-        torch.testing.assert_close(grad, 2 * (5 - 1) * w.detach() / 5)
-    images = wgan_gp.gradient_penalty(
-        lambda t: 2 * t.flatten(1).sum(1), torch.ones(3, 1, 2, 2), torch.ones(3, 1, 2, 2)
-    )
-    assert images.item() == 9.0
+    for f in (lambda t: t.flatten(1) @ w, lambda t: (t.flatten(1) @ w)[:, None]):
+        for real, fake in ((cloud(5, 2), cloud(5, 2, 1)), cloud(6, 2).view(2, 3, 1, 1, 2)):
+            penalty = wgan_gp.gradient_penalty(f, real, fake)
+            assert penalty.item() == 16.0 and penalty.shape == ()
+            (grad,) = torch.autograd.grad(penalty, w)
+            torch.testing.assert_close(grad, 2 * (5 - 1) * w.detach() / 5)
 
 
 def test_penalty_is_taken_between_the_points():
@@ -328,40 +257,28 @@ def test_penalty_refuses():
 
 # Properties
 
-quick = settings(max_examples=25, deadline=None, database=None, derandomize=True)
-samples = st.tuples(
+
+@settings(max_examples=25, deadline=None, database=None, derandomize=True)
+@given(
     *(st.integers(2, 20), st.integers(2, 20), st.integers(1, 5), st.integers(0, 10**6)),
     st.sampled_from(["gaussian", "rational_quadratic"]),
+    st.booleans(),
     st.floats(1e-3, 30),
+    st.floats(-100, 100),
 )
+def test_properties(n, m, d, seed, kernel, unbiased, scale, shift):
+    """Sides, the points' order and a shift of both do not matter; the biased estimate is never negative."""
+    x, y = scale * cloud(n, d, seed), scale * cloud(m, d, seed + 1)
 
+    def value(x, y, unbiased=unbiased):
+        return mmd2(x, y, (0.3, 1.0, 5.0), kernel=kernel, unbiased=unbiased)
 
-def made(case):
-    """The points and the kernel that a drawn case stands for."""
-    n, m, d, seed, kernel, scale = case
-    return scale * cloud(n, d, seed), scale * cloud(m, d, seed + 1), (0.3, 1.0, 5.0), {"kernel": kernel}
-
-
-@quick
-@given(samples, st.booleans(), st.floats(-100, 100))
-def test_property_invariance(case, unbiased, shift):
-    """To the sides' names, to the points' order and to a shift of both."""
-    x, y, bandwidths, options = made(case)
-    rng = torch.Generator().manual_seed(case[3])
-    mixed = x[torch.randperm(len(x), generator=rng)], y[torch.randperm(len(y), generator=rng)]
-    value = mmd2(x, y, bandwidths, unbiased=unbiased, **options)
+    rng = torch.Generator().manual_seed(seed)
+    mixed = x[torch.randperm(n, generator=rng)], y[torch.randperm(m, generator=rng)]
     for pair in ((y, x), mixed, (x + shift, y + shift)):
-        other = mmd2(*pair, bandwidths, unbiased=unbiased, **options)
-        torch.testing.assert_close(value, other, rtol=1e-7, atol=1e-8)
-
-
-@quick
-@given(samples)
-def test_property_biased_is_never_negative(case):
-    x, y, bandwidths, options = made(case)
-    for dtype, least in ((torch.float64, -1e-12), (torch.float32, -3e-6)):
-        assert mmd2(x.to(dtype), y.to(dtype), bandwidths, unbiased=False, **options).item() >= least
-    assert abs(mmd2(x, x.clone(), bandwidths, unbiased=False, **options).item()) < 1e-10
+        torch.testing.assert_close(value(*pair), value(x, y), rtol=1e-7, atol=1e-8)
+    assert value(x, y, False) >= -1e-12 and value(x.float(), y.float(), False) >= -3e-6
+    assert abs(value(x, x.clone(), False)) < 1e-10
 
 
 # Memory
