@@ -1013,13 +1013,13 @@ def train(args: Args) -> Path:
             tqdm.write(f"step {step}: {metrics}")
             return metrics
 
-        loss_c = None  # the critic may have its steps more seldom than the log
         metrics, logged, clock = None, step, time.perf_counter()
         for step in tqdm(range(logged + 1, args.num_steps + 1), desc=SCRIPT, disable=True if rank else None):
             # Learning rates are constant at first, then fall linearly to zero.
             rate = min(1.0, (args.num_steps - step + 1) / ((0.6 if toy else 0.7) * args.num_steps))
 
             # The critic minimises  OT(y1, y2) - OT(x1, x2)  of halves of the batch, or minus the loss below.
+            loss_c = None
             if args.critic == "learned" and step % args.critic_every == 0:
                 with torch.no_grad():
                     fake = generator(draw_latents())

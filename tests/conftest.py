@@ -1,10 +1,10 @@
 """What the tests share: points and tolerances, small data sets and small runs, and scripts as commands."""
 
 import bz2
+import importlib
 import itertools
 import os
 import struct
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from forked import ROOT
 from PIL import Image
 
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 # Tests run in two processes (see pyproject.toml), one thread each; `-n 0` gives one process two threads.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(min(THREADS, torch.get_num_threads()))
@@ -52,19 +52,12 @@ def assert_near(got, want, rel: float) -> None:
 
 
 def memory_of(code: str) -> list[float]:
-    """What code prints by peak(): MB of resident memory at most since its start()."""
+    """What code prints by peak() after the first time: MB of resident memory at most since that."""
     if "VmHWM" not in (Path("/proc/self/status").read_text() if sys.platform == "linux" else ""):
         pytest.skip("no peak of the resident memory here")  # ru_maxrss starts at the peak of pytest itself
-    head = """
-        import torch
-        torch.set_num_threads(1)
-        def peak():
-            (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-            print(int(line.split()[1]) * 1024 / 1e6)
-        start = peak
-    """
-    command = [sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(code)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    head = "import torch\nfrom forked import peak\ntorch.set_num_threads(1)\n"
+    result = forked.Command(forked.run_code, head + textwrap.dedent(code)).finish()
+    assert result.returncode == 0, result.stderr
     first, *peaks = map(float, result.stdout.split())
     return [peak - first for peak in peaks]
 
@@ -114,31 +107,33 @@ def tiny_mnist(tmp_path_factory) -> Path:
 
 # Runs
 
+SCRIPTS = [importlib.import_module(path.stem) for path in sorted(ROOT.glob("*.py"))]
+TOYS = [script for script in SCRIPTS if hasattr(script, "load_toy")]  # which have 2-D mixtures
+MEASURED = [script for script in SCRIPTS if hasattr(script, "image_metrics")]  # whose images have a fid
+DRAWING = [script for script in SCRIPTS if hasattr(script, "make_generator")]  # samples from latents
 TINY = {"num_steps": 4, "batch_size": 8, "latent_dim": 4, "device": "cpu", "channels": 4, "eval_views": 1}
 TINY |= {"log_every": 1, "eval_every": 3, "num_eval_samples": 60, "num_labels": 20, "label_batch_size": 8}
 COUNTER = itertools.count()
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory) -> Path:
-    """One --run-dir, so that a classifier that evaluates samples is trained once."""
-    return tmp_path_factory.mktemp("runs")
+def each(cases, names: str = "script") -> pytest.MarkDecorator:
+    """A test for each of the cases, whose name has that of the script in it."""
+    return pytest.mark.parametrize(names, cases, ids=lambda value: getattr(value, "SCRIPT", None))
+
+
+ALL = each(SCRIPTS)
 
 
 @pytest.fixture
-def tiny(runs, tiny_mnist):
-    """tiny(script, **options): Args of a small run with a name of its own; mnist unless a data set is named.
-
-    Of TINY and num_eval_samples the script has what it has.
-    """
+def tiny(tiny_mnist):
+    """tiny(script, **options): Args of a small run with a name of its own."""
 
     def make(script, **options):
-        small = TINY | ({"num_eval_samples": 0} if script.SCRIPT == "cyclegan_mnist_usps" else {})
-        small |= {"run_dir": str(runs), "data_dir": str(tiny_mnist), "exp_name": f"run{next(COUNTER)}"}
-        known = {name: value for name, value in small.items() if hasattr(script.Args, name)}
-        if not hasattr(script.Args, "num_eval_samples"):
-            options.pop("num_eval_samples", None)
-        return script.Args(**(known | options))
+        small = TINY | {"exp_name": f"run{next(COUNTER)}", "data_dir": tiny_mnist}
+        small["run_dir"] = tiny_mnist.with_name("runs")  # with the classifier that evaluates samples
+        if script.SCRIPT == "cyclegan_mnist_usps":
+            small["num_eval_samples"] = 0  # it trains four classifiers for an evaluation
+        return script.Args(**{name: v for name, v in small.items() if hasattr(script.Args, name)} | options)
 
     return make
 
@@ -164,24 +159,17 @@ def run_cli(start_cli):
     return lambda *args, **options: start_cli(*args, **options).finish()
 
 
-def draw_few_pixels(path: Path, rows: list[dict]) -> None:
-    """save_curves, without what takes a second."""
-    Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).save(path)
-
-
 @pytest.fixture(autouse=True)
-def no_slow_parts(request, monkeypatch):
-    """Here curves are drawn for the mark `curves` alone, and the classifiers of translations hardly learn."""
-    modules = {path.stem: sys.modules.get(path.stem) for path in ROOT.glob("*.py")}
-    for module in filter(None, modules.values()):
-        if not request.node.get_closest_marker("curves"):
-            monkeypatch.setattr(module, "save_curves", draw_few_pixels)
-    if modules["cyclegan_mnist_usps"]:
-        monkeypatch.setattr(modules["cyclegan_mnist_usps"].train_classifier, "__defaults__", (None, 0, 2))
+def no_slow_parts_and_no_gpu(request, monkeypatch):
+    """True curves are for the mark `curves`, a GPU for the mark `gpu`: the others compare runs of the CPU.
 
-
-@pytest.fixture(autouse=True)
-def no_gpu_but_for_its_tests(request, monkeypatch):
-    """A machine's GPU is for the tests with the mark `gpu`: the others compare runs of the CPU."""
-    if not request.node.get_closest_marker("gpu"):
+    The classifiers of translations hardly learn.
+    """
+    marks = {mark.name for mark in request.node.iter_markers()}
+    if "gpu" not in marks:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gradient = Image.linear_gradient("L")
+    for script in SCRIPTS if "curves" not in marks else ():
+        monkeypatch.setattr(script, "save_curves", lambda path, rows: gradient.save(path))
+    classifier = sys.modules["cyclegan_mnist_usps"].train_classifier
+    monkeypatch.setattr(classifier, "__defaults__", (None, 0, 2))

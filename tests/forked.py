@@ -18,7 +18,7 @@ context.set_forkserver_preload([*HARD])
 def environment(changes: dict | None = None) -> dict:
     """This process's environment with changes; None takes a variable away."""
     env = os.environ | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}
-    env |= {"CUDA_VISIBLE_DEVICES": ""}  # see no_gpu_but_for_its_tests
+    env |= {"CUDA_VISIBLE_DEVICES": ""}  # see no_slow_parts_and_no_gpu
     # A W&B service that this process has started writes to paths that are relative to this one's folder.
     env |= {"WANDB_SERVICE": None} | (changes or {})
     return {name: value for name, value in env.items() if value is not None}
@@ -34,6 +34,12 @@ def run_code(code: str) -> None:
     """`python -c code`, here, with the scripts as modules."""
     sys.path.insert(0, str(ROOT))
     exec(code, {"__name__": "__main__"})
+
+
+def peak() -> None:
+    """Print how many MB of memory this process had at most, on Linux."""
+    status = Path("/proc/self/status").read_text()
+    print(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6)
 
 
 def begin(function: Callable, args: tuple, folder: str, env: dict, outputs: list[str]) -> None:

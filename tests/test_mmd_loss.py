@@ -42,8 +42,9 @@ def both(x, y, *options, **more) -> tuple[list, list]:
 
 
 SIZES = {  # n, m, d, shift, bandwidths: 0.8 is twice 0.4, and widths may be far apart
-    "odd": (5, 9, 3, 0.0, (0.4, 0.8, 2.0, 5.0)),
+    "one point": (1, 1, 3, 0.0, (0.4, 0.8, 2.0, 5.0)),
     "two": (2, 2, 1, 0.0, (0.4, 0.8, 2.0, 5.0)),
+    "odd": (5, 9, 3, 0.0, (0.4, 0.8, 2.0, 5.0)),
     "far": (30, 21, 4, 1000.0, (0.4, 0.8, 2.0, 5.0)),
     "tiles": (530, 600, 2, 0.0, (0.4, 0.8, 2.0, 5.0)),
     "one-tile-and-a-point": (513, 12, 1, 0.0, (0.4, 0.8, 2.0, 5.0)),
@@ -61,17 +62,12 @@ def test_means_and_gradients_against_pairs(kernel, size, unbiased):
     n, m, d, shift, bandwidths = SIZES[size]
     x, y = cloud(n, d, 0, shift).float(), cloud(m, d, 1, shift + 0.3).float()
     weights = (0.5, 1.0, 3.0, 2.0, 1.0, 0.7)[: len(bandwidths)]
-    options = {"kernel": kernel, "unbiased": unbiased, "weights": weights}
+    options = {"kernel": kernel, "unbiased": unbiased and size != "one point", "weights": weights}
     got, want = both(x.double(), y.double(), bandwidths, **options)
     assert_near(got, want, 1e-10)
-    # The largest term of a gradient may be 100 times the sum.
-    single = with_gradients(lambda x, y: kernel_means(x, y, bandwidths, **options), x, y)
+    single, _ = both(x, y, bandwidths, **options)
     assert {v.dtype for v in single} == {torch.float32}
-    assert_near(single, want, 1e-4)
-
-
-def test_one_point_will_do_for_the_biased_means():
-    assert_near(*both(cloud(1, 3), cloud(1, 3, 1), CHAIN, unbiased=False), 1e-12)
+    assert_near(single, want, 1e-4)  # the largest term of a gradient may be 100 times the sum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -108,12 +104,13 @@ def test_a_learned_kernel_gets_gradients(kernel, unbiased):
     """Also far from the origin, where float32 loses all digits of distances, unless points are centred."""
     s, w = (torch.tensor(v, dtype=torch.float64) for v in ((0.7, 2.0), (1.0, 0.5)))
     x, y = cloud(9, 3), cloud(7, 3, 1, 0.5)
-    for points, rel in (((x, y), 1e-10), (((x + 1000).float(), (y + 1000).float()), 1e-4)):
-        got = with_gradients(lambda s, w, x, y: kernel_means(x, y, s, kernel, unbiased, w), s, w, *points)
-        want = with_gradients(
-            lambda s, w, x, y: brute_means(x, y, s, kernel, unbiased, w), s, w, *(v.double() for v in points)
-        )
-        assert_near(got, want, rel)
+
+    def learned(means):
+        return lambda s, w, x, y: means(x, y, s, kernel, unbiased, w)
+
+    for u, v, rel in ((x, y, 1e-10), ((x + 1000).float(), (y + 1000).float(), 1e-4)):
+        got = with_gradients(learned(kernel_means), s, w, u, v)
+        assert_near(got, with_gradients(learned(brute_means), s, w, u.double(), v.double()), rel)
     losses = (  # of numbers in a list, of one alone, and of weights
         lambda v: mmd2(x, y, [*v], kernel=kernel),
         lambda v: mmd2(x, y, v[0], kernel=kernel),
@@ -177,8 +174,6 @@ def test_autocast_changes_nothing(kernel, kind):
     assert_near(found[1], found[0], 1e-4)
 
 
-# What cannot work is refused, with the value in the message
-
 X, Y = cloud(4, 3), cloud(5, 3, 1)
 
 
@@ -193,9 +188,7 @@ X, Y = cloud(4, 3), cloud(5, 3, 1)
         (X, Y[:1], CHAIN, {}, "4 and 1 points"),
         (X[:0], Y, CHAIN, {"unbiased": False}, "0 and 5 points"),
         (X, Y, (1.0, 0.0), {}, r"bandwidths must be positive.*\(1.0, 0.0\)"),
-        (X, Y, -1.0, {}, r"bandwidths must be positive.*-1.0"),
         (X, Y, (math.inf,), {}, "bandwidths must be positive.*inf"),
-        (X, Y, (math.nan,), {}, "bandwidths must be positive.*nan"),
         (X, Y, (), {}, r"bandwidths must be positive.*\(\)"),
         (X, Y, CHAIN, {"weights": (1.0, 2.0)}, r"\(1.0, 2.0, 4.0\).*\(1.0, 2.0\)"),
         (X, Y, CHAIN, {"kernel": "laplace"}, "gaussian or rational_quadratic.*'laplace'"),
@@ -203,6 +196,7 @@ X, Y = cloud(4, 3), cloud(5, 3, 1)
 )
 @pytest.mark.parametrize("function", [kernel_means, mmd2])
 def test_value_errors(function, x, y, bandwidths, options, message):
+    """What cannot work is refused, with the value in the message."""
     with pytest.raises(ValueError, match=message):
         function(x, y, bandwidths, **options)
 
@@ -217,30 +211,26 @@ def test_points_that_are_not_finite(x, y, kind, kernel):
     assert kernel_means(x, y, kind(CHAIN), kernel)[2].isnan()
 
 
-# The penalty of wgan_gp.py
-
-
 def test_penalty_of_a_linear_function():
     """(|w| - 1)^2 at every point, with derivatives; of images, too, and of values (b,) or (b, 1)."""
     w = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
-    for f in (lambda t: t.flatten(1) @ w, lambda t: (t.flatten(1) @ w)[:, None]):
-        for real, fake in ((cloud(5, 2), cloud(5, 2, 1)), cloud(6, 2).view(2, 3, 1, 1, 2)):
-            penalty = wgan_gp.gradient_penalty(f, real, fake)
+    for shape in ((5, 2), (5, 1, 1, 2)):
+        for values in ((5,), (5, 1)):
+            real, fake = cloud(5, 2).view(shape), cloud(5, 2, 1).view(shape)
+            penalty = wgan_gp.gradient_penalty(lambda t, v=values: (t.flatten(1) @ w).view(v), real, fake)
             assert penalty.item() == 16.0 and penalty.shape == ()
-            (grad,) = torch.autograd.grad(penalty, w)
-            torch.testing.assert_close(grad, 2 * (5 - 1) * w.detach() / 5)
+            torch.testing.assert_close(torch.autograd.grad(penalty, w)[0], 2 * (5 - 1) * w.detach() / 5)
 
 
 def test_penalty_is_taken_between_the_points():
-    """Of t^2 / 2 in one dimension: (|t| - 1)^2, with one t per pair on the way from real to fake."""
+    """Of t^2 / 2: (|t| - 1)^2, with one t per pair on the way from real to fake."""
     seen = []
 
     def f(t):
         seen.append(t.detach())
         return t.square().sum(1) / 2
 
-    real, fake = torch.full((2000, 2), 1.0), torch.full((2000, 2), 3.0)
-    penalty = wgan_gp.gradient_penalty(f, real, fake)
+    penalty = wgan_gp.gradient_penalty(f, torch.full((2000, 2), 1.0), torch.full((2000, 2), 3.0))
     (t,) = seen
     torch.testing.assert_close(t[:, 0], t[:, 1])
     assert 1 <= t.min() < 1.05 and 2.95 < t.max() <= 3 and abs(t.mean() - 2) < 0.1
@@ -253,9 +243,6 @@ def test_penalty_refuses():
     for f in (lambda t: t, lambda t: t.sum()):
         with pytest.raises(ValueError, match="a value per sample"):
             wgan_gp.gradient_penalty(f, X, X)
-
-
-# Properties
 
 
 @settings(max_examples=25, deadline=None, database=None, derandomize=True)
@@ -281,9 +268,6 @@ def test_properties(n, m, d, seed, kernel, unbiased, scale, shift):
     assert abs(value(x, x.clone(), False)) < 1e-10
 
 
-# Memory
-
-
 def test_memory_grows_linearly():
     """Value and gradients of 6,000 x 6,000 points need far less than the matrix of their pairs, 144 MB."""
     code = """
@@ -292,7 +276,7 @@ def test_memory_grows_linearly():
             x, y = (torch.randn(n, 16, requires_grad=True) for _ in range(2))
             mmd2(x, y, bandwidths).backward()
         run(600)
-        start()
+        peak()
         run(6000)
         peak()
         run(3000, torch.tensor([4.0, 8.0]))  # were matrices of 36 MB not seen, nothing were measured

@@ -8,28 +8,14 @@ import os
 import signal
 import sys
 import threading
-import types
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_bars
-from test_gans import (
-    ALL,
-    DRAWING,
-    MEASURED,
-    SCRIPTS,
-    TOYS,
-    again,
-    assert_complete,
-    each,
-    load,
-    results,
-    rows,
-    steps,
-    stopped,
-)
+from conftest import ALL, DRAWING, MEASURED, SCRIPTS, TOYS, each, write_bars
+from test_gans import again, assert_complete, load, results, rows, steps, stopped
 
 import baseline_cnn
 import cyclegan_mnist_usps
@@ -41,10 +27,8 @@ import wgan_gp
 
 RATE = dict.fromkeys(SCRIPTS, "learning_rate")
 RATE |= {mmd_gan: "lr_generator", sinkhorn_gan: "lr_generator", sgan_mnist: "lr_classifier"}
-IMAGES = [script for script in SCRIPTS if script is not cyclegan_mnist_usps]  # of one data set
-UNREACHABLE = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "all_proxy")}
-UNREACHABLE |= {name.upper(): value for name, value in UNREACHABLE.items()}
-UNREACHABLE |= {"no_proxy": None, "NO_PROXY": None}
+PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+UNREACHABLE = dict.fromkeys(PROXIES, "http://127.0.0.1:9") | {"no_proxy": None, "NO_PROXY": None}
 
 
 @pytest.fixture
@@ -53,23 +37,8 @@ def quick(tiny):
     return lambda script, **options: tiny(script, **({"dataset": "ring"} if script in TOYS else {}) | options)
 
 
-def fail(*args, **options):
-    """Stands for an error of torch."""
-    raise RuntimeError("the lights went out")
-
-
-def broken(script, args, monkeypatch) -> None:
-    """A run that ends with an error."""
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lights"):
-        patch.setattr(torch.optim.Adam, "step", fail)
-        script.train(args)
-
-
-# From Python
-
-
-@ALL
-def test_two_threads(script, quick, monkeypatch):
+@each((baseline_cnn, cyclegan_mnist_usps, mmd_gan))
+def test_two_threads(script, quick):
     """Runs of one name that start together have folders of their own; no thread can set signal handlers."""
     args, found = quick(script), []
     mode = torch.get_deterministic_debug_mode()
@@ -84,7 +53,7 @@ def test_two_threads(script, quick, monkeypatch):
         assert_complete(folder, [3, 4])
 
 
-@ALL
+@each((baseline_cnn, cyclegan_mnist_usps, mmd_gan))
 def test_paths(script, tiny, tiny_mnist, tmp_path, monkeypatch):
     """Of pathlib, for every option that is one; ~ is the home; and what train returns can be resumed."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -101,53 +70,32 @@ def test_paths(script, tiny, tiny_mnist, tmp_path, monkeypatch):
 # Weights & Biases
 
 
-class FakeWandb(types.ModuleType):
-    """Stands for the package: notes what it is asked for."""
-
-    def __init__(self):
-        super().__init__("wandb")
-        self.inits, self.rows, self.ends = [], [], []
-
-    def init(self, **options):
-        self.inits.append(options)
-        run = types.SimpleNamespace(id=options["id"] or f"id{len(self.inits)}")
-        run.log = lambda row, step: self.rows.append((step, row))
-        run.finish = lambda exit_code: self.ends.append(exit_code)
-        return run
-
-    def Image(self, path):
-        assert Path(path).is_file()
-        return f"picture {Path(path).name}"
-
-    def asked(self, name: str) -> list:
-        """An option of all calls of init."""
-        return [options[name] for options in self.inits]
-
-
 @pytest.fixture
 def wandb(monkeypatch):
-    """A FakeWandb in the package's place, and none of its variables."""
+    """Stands for the package, and notes what it is asked for; none of its variables is set."""
     for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_ENTITY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    fake = FakeWandb()
+    fake = MagicMock()
+    fake.init.return_value.id = "an id"
+    fake.init.return_value.finish.return_value = None
+    fake.Image = lambda path: Path(path).resolve(strict=True).name
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return fake
 
 
-def state_of_the_process() -> dict:
+def asked(wandb, name: str) -> list:
+    """An option of all calls of init."""
+    return [call.kwargs[name] for call in wandb.init.call_args_list]
+
+
+def state_of_the_process() -> list:
     """What a run could leave changed."""
     cudnn = torch.backends.cudnn
-    return {
-        "deterministic": torch.get_deterministic_debug_mode(),
-        "cudnn": (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32),
-        "precision": torch.get_float32_matmul_precision(),
-        "random": torch.get_rng_state().tolist(),
-        "numpy": np.random.get_state()[1].tolist(),
-        "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
-        "threads": torch.get_num_threads(),
-        "grad": torch.is_grad_enabled(),
-        "dtype": torch.get_default_dtype(),
-    }
+    modes = torch.get_deterministic_debug_mode(), torch.get_float32_matmul_precision()
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    random = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
+    defaults = torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype()
+    return [modes, cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, handlers, random, defaults]
 
 
 @ALL
@@ -159,19 +107,22 @@ def test_runs_that_end_fail_stop_and_go_on(script, quick, wandb, monkeypatch):
     before, args = state_of_the_process(), quick(script, track=True)
     first = script.train(args)
     assert state_of_the_process() == before
-    assert wandb.inits[0]["project"] == "minimal-gans" and wandb.inits[0]["config"] == vars(args)
-    got = [{k: v for k, v in row.items() if k != "steps_per_second"} for _, row in wandb.rows]
-    pictures = {"samples": "picture samples.png"}, {"components": "picture components.png"}
-    assert [row for row in got if row not in pictures] == rows(first)
-    assert [step for step, row in wandb.rows if row == pictures[0]] == [3, 4]
-    broken(script, quick(script, track=True), monkeypatch)
+    assert asked(wandb, "project") == ["minimal-gans"] and asked(wandb, "config") == [vars(args)]
+    logged = [(call.args[0], call.kwargs["step"]) for call in wandb.init.return_value.log.call_args_list]
+    assert [step for row, step in logged if row == {"samples": "samples.png"}] == [3, 4]
+    lines = [row for row, step in logged if row.get("step") == step]
+    assert [{k: v for k, v in row.items() if k != "steps_per_second"} for row in lines] == rows(first)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lights"):
+        patch.setattr(torch.optim.Adam, "step", MagicMock(side_effect=RuntimeError("the lights went out")))
+        script.train(quick(script, track=True))
     assert state_of_the_process() == before
     folder = stopped(script, quick(script, track=True), monkeypatch, 2, signal.SIGTERM)
     assert state_of_the_process() == before
     again(script, folder)  # which was tracked
-    assert wandb.asked("id") == [None, None, None, "id3"] and wandb.inits[3]["resume"] == "allow"
-    assert wandb.asked("name")[0] == first.name and wandb.asked("name")[2:] == [folder.name] * 2
-    assert wandb.ends == [0, 1, 1, 0]  # W&B calls 1 failed
+    assert asked(wandb, "id") == [None, None, None, "an id"] and asked(wandb, "resume")[3] == "allow"
+    assert asked(wandb, "name")[0] == first.name and asked(wandb, "name")[2:] == [folder.name] * 2
+    ends = [call.kwargs["exit_code"] for call in wandb.init.return_value.finish.call_args_list]
+    assert ends == [0, 1, 1, 0]  # W&B calls 1 failed
 
 
 @each((baseline_cnn, mmd_gan))
@@ -179,13 +130,11 @@ def test_variables_of_wandb(script, quick, wandb, monkeypatch):
     """Win over the defaults, and not over what is given; a run that was not tracked can be from now on."""
     monkeypatch.setenv("WANDB_PROJECT", "of the shell")
     monkeypatch.setenv("WANDB_NAME", "a name")
-    options = {"num_steps": 1, "num_eval_samples": 1}
-    folder = script.train(quick(script, **options))
-    again(script, folder, track=True, num_steps=2)
-    assert wandb.asked("id") == [None] and load(folder)["progress"][2] == "id1"
-    script.train(quick(script, **options, track=True, wandb_project_name="given", wandb_entity="us"))
-    assert wandb.asked("project") == ["of the shell", "given"]
-    assert wandb.asked("name") == ["a name"] * 2 and wandb.asked("entity") == [None, "us"]
+    again(script, script.train(quick(script, num_steps=1)), track=True, num_steps=2)
+    script.train(quick(script, track=True, wandb_project_name="given", wandb_entity="us"))
+    assert asked(wandb, "id") == [None, None]
+    assert asked(wandb, "project") == ["of the shell", "given"]
+    assert asked(wandb, "name") == ["a name"] * 2 and asked(wandb, "entity") == [None, "us"]
 
 
 def test_track_offline(run_cli, tmp_path):
@@ -204,22 +153,20 @@ WRONG = [
     (mmd_gan, {"eval_split": "val"}, "eval_split.*'test', 'validation'.*'val'"),
     (mmd_gan, {"loss": None}, "loss.*'repulsive', 'attractive'.*None"),
     (mmd_gan, {"seed": "3"}, "seed.*int.*'3'"),
-    (mmd_gan, {"seed": -1}, "seed.*-1"),
     (mmd_gan, {"seed": np.int64(3)}, "seed.*int.*3"),
     (mmd_gan, {"num_steps": 3.0}, "num_steps.*int.*3.0"),
     (mmd_gan, {"num_steps": True}, "num_steps.*int.*True"),
     (mmd_gan, {"log_every": 0}, "log_every.*positive.*0"),
+    (mmd_gan, {"log_every": -1}, "log_every.*positive.*-1"),
     (mmd_gan, {"torch_deterministic": 1}, "torch_deterministic.*bool.*1"),
     (mmd_gan, {"run_dir": 3}, "run_dir.*str.*3"),
     (mmd_gan, {"nonsense": 1}, "unknown options.*nonsense"),
     (mmd_gan, {"lr_generator": math.inf}, "lr_generator.*inf"),
-    (mmd_gan, {"lr_critic": 0.0}, "lr_critic.*0.0"),
     (mmd_gan, {"lr_critic": math.nan}, "lr_critic.*nan"),
     (mmd_gan, {"bandwidths": ()}, r"bandwidths.*\(\)"),
     (mmd_gan, {"bandwidths": (1.0, -2.0)}, "bandwidths.*-2.0"),
     (mmd_gan, {"bandwidths": ("1",)}, "bandwidths.*'1'"),
     (mmd_gan, {"batch_size": 1}, "batch_size must be at least 2"),
-    (wgan_gp, {"lipschitz": "clipping"}, "lipschitz.*'penalty', 'clip'.*'clipping'"),
     (sinkhorn_gan, {"batch_size": 9}, "even.*9"),
     (sinkhorn_gan, {"unroll": True, "loss": "minibatch-energy"}, "unroll"),
     (baseline_cnn, {"batch_size": 1}, "batch_size.*at least 2"),
@@ -231,7 +178,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("script, options, message", WRONG, ids=[f"{s.SCRIPT}-{o}" for s, o, _ in WRONG])
+@each(WRONG, "script, options, message")
 def test_wrong_options(script, options, message):
     """A ValueError, the script's own, says which option it is and what it may be."""
     assert issubclass(script.UserError, ValueError)
@@ -242,23 +189,20 @@ def test_wrong_options(script, options, message):
 @each(TOYS)
 def test_presets(script):
     """A data set's preset is there from Python too, and gives way to what is given; an int may be a float."""
-    preset = script.PRESETS["dataset"]["grid"]
+    preset, default = script.PRESETS["dataset"]["grid"], script.Args.batch_size
     for args in (script.Args(dataset="grid"), script.parse_args(["--dataset", "grid"])):
-        assert {name: getattr(args, name) for name in preset} == preset
-    default = script.Args().batch_size
-    assert preset["batch_size"] != default
-    for args in (
-        script.Args(dataset="grid", batch_size=default, **{RATE[script]: 1}),
-        script.parse_args(["--dataset", "grid", "--batch-size", str(default), "--num-steps", "3"]),
-    ):
-        assert args.batch_size == default and type(getattr(args, RATE[script])) is float
+        assert preset.items() <= vars(args).items()
+    typed = ["--dataset", "grid", "--batch-size", str(default)]
+    for args in (script.Args(dataset="grid", batch_size=default), script.parse_args(typed)):
+        assert args.batch_size == default != preset["batch_size"]
         assert args.latent_dim == preset["latent_dim"]
+    assert type(getattr(script.Args(**{RATE[script]: 1}), RATE[script])) is float
 
 
 @each((baseline_cnn, wgan_gp))
 def test_what_is_typed_wins_over_the_run(script, quick):
     """Also where it is the class's default."""
-    folder = str(script.train(quick(script, num_eval_samples=1)))
+    folder = str(script.train(quick(script)))
     args = script.parse_args(["--resume", folder, "--num-steps", "7"])
     assert (args.num_steps, args.batch_size, args.eval_every, args.log_every) == (7, 8, 3, 1)
     default = script.Args.batch_size
@@ -274,47 +218,33 @@ def test_what_is_typed_wins_over_the_run(script, quick):
 @each((baseline_cnn, sgan_mnist))
 def test_the_command_draws_the_labels_of_its_seed(script, monkeypatch):
     """What follows from other options is not fixed by the defaults that the command line is read with."""
-    drawn = []
-
-    def stop(labels, num_labels, label_seed):
-        drawn.append(label_seed)
-        raise script.UserError("enough")
-
-    monkeypatch.setattr(script, "split_labels", stop)
-    for options in (["--seed", "3"], ["--seed", "3", "--label-seed", "5"]):
-        args = script.parse_args([*options, "--dataset", "digits"])
-        assert args.seed == 3 and args == script.Args(seed=3, label_seed=args.label_seed, dataset="digits")
+    drawn = MagicMock(side_effect=script.UserError("enough"))
+    monkeypatch.setattr(script, "split_labels", drawn)
+    for options in ([], ["--label-seed", "5"]):
+        args = script.parse_args(["--seed", "3", "--dataset", "digits", *options])
+        assert args == script.Args(seed=3, label_seed=args.label_seed, dataset="digits")
         with pytest.raises(script.UserError, match="enough"):
             script.train(args)
-    assert drawn == [3, 5]
-
-
-@each((wgan_gp, sgan_mnist))
-def test_options_that_do_not_fit_the_run(script, quick):
-    """Another network than that of the checkpoint is refused by torch, and nothing is changed."""
-    folder = script.train(quick(script, num_eval_samples=1))
-    before = (folder / "checkpoint.pt").read_bytes()
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        again(script, folder, latent_dim=9, num_steps=6)
-    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert [call.args[2] for call in drawn.call_args_list] == [3, 5]
 
 
 # Data of one's own
 
 
-@each(IMAGES)
+@each([script for script in SCRIPTS if script is not cyclegan_mnist_usps])
 def test_images_of_ones_own(script, tiny, tmp_path):
-    """Of which half of the classes is absent; where labels are learned, none of ten may be."""
+    """Few, of which half of the classes is absent; where labels are learned, none of ten may be."""
     options = {"data_dir": tmp_path, "run_dir": tmp_path / "runs"}
-    write_bars(tmp_path / "MNIST", 50, 30, classes=5)
+    write_bars(tmp_path / "MNIST", 50, 4, classes=5)
     if script not in MEASURED:
         with pytest.raises(script.UserError, match=r"num_labels.*up to 0"):
             script.train(tiny(script, **options))
-        write_bars(tmp_path / "MNIST", 50, 30)
+        write_bars(tmp_path / "MNIST", 50, 4)
     folder = script.train(tiny(script, **options))
     assert_complete(folder, [3, 4])
     if script in MEASURED:
-        assert len(results(folder)["class_shares"]) == 10 and results(folder)["real"]["fid"] is not None
+        assert len(results(folder)["class_shares"]) == 10
+        assert all(math.isfinite(results(folder)["real"][name]) for name in ("fid", "precision", "recall"))
 
 
 @each(MEASURED)
@@ -327,13 +257,6 @@ def test_very_few_samples(script, count, tiny):
     assert (found["fid"] is None) == (count == 1) == (found["real"]["fid"] is None)
     assert found["precision"] is found["recall"] is None
     assert sum(found["class_shares"]) == pytest.approx(1)
-
-
-def test_fewer_than_ten_images_to_compare_with(tiny, tmp_path):
-    write_bars(tmp_path / "MNIST", 30, 4, classes=3)
-    folder = mmd_gan.train(tiny(mmd_gan, data_dir=tmp_path, run_dir=tmp_path / "runs"))
-    assert_complete(folder, [3, 4])
-    assert all(math.isfinite(results(folder)[name]) for name in ("fid", "precision", "recall"))
 
 
 @each((mmd_gan, cyclegan_mnist_usps))
@@ -368,7 +291,7 @@ def test_a_file_that_is_open_elsewhere(quick, monkeypatch, capsys):
 @ALL
 def test_numbers_that_are_not_finite(script, tiny):
     """End the run, and the last finite checkpoint stays, whether loss or weights were seen first."""
-    folder = script.train(tiny(script, num_steps=2, num_eval_samples=0))
+    folder = script.train(tiny(script, num_steps=2))
     before = (folder / "checkpoint.pt").read_bytes()
     for log_every, eval_every, rate in ((100, 1, 1e39), (100, 100, 1e38), (1, 100, 1e38)):
         options = {"num_steps": 9, "log_every": log_every, "eval_every": eval_every, RATE[script]: rate}
@@ -388,15 +311,11 @@ def test_a_device_that_is_not_there(script, quick, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-# Commands
-
-
-def one_line(result, *texts: str) -> None:
+def one_line(result, text: str) -> None:
     """A command that ended with exit code 2 and said why in one line."""
-    assert result.returncode == 2, result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
-    assert all(text in lines[0] for text in texts), lines[0]
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    (line,) = (line for line in result.stderr.splitlines() if line.strip())
+    assert text in line
 
 
 @each((mmd_gan, cyclegan_mnist_usps))
@@ -405,18 +324,13 @@ def test_no_data_and_no_network(script, run_cli, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-class Evil:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 def test_checkpoints_that_cannot_be_used(tmp_path, run_cli):
     """Missing, damaged, of something else or of another script; and nothing in one is run."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
     path = tmp_path / "run" / "checkpoint.pt"
     for run, message in ((tmp_path / "run", r"checkpoint\.pt"), (7, "7")):
         with pytest.raises(mmd_gan.UserError, match=message):
@@ -427,7 +341,7 @@ def test_checkpoints_that_cannot_be_used(tmp_path, run_cli):
         ({"weight": torch.ones(2)}, "checkpoint"),
         ([1, 2], "checkpoint"),
         ({"script": "wgan_gp", "args": {}}, "wgan_gp.py, not mmd_gan.py"),
-        (Evil(tmp_path / "evil"), "checkpoint"),
+        (Evil(), "checkpoint"),
     ):
         torch.save(content, path)
         with pytest.raises(mmd_gan.UserError, match=message):
@@ -438,17 +352,10 @@ def test_checkpoints_that_cannot_be_used(tmp_path, run_cli):
 
 
 @pytest.mark.parametrize(
-    "options, texts",
-    [
-        (["--dataset", "cifar"], ["cifar", "mnist"]),
-        (["--batch-size", "0"], ["batch", "0"]),
-        (["--generate", "3"], ["--resume"]),
-        (["--nonsense", "3"], ["--nonsense"]),
-    ],
-    ids=["dataset", "batch", "generate", "unknown"],
+    "options, text", [("dataset cifar", "kmnist"), ("generate 3", "--resume"), ("odd 3", "--odd")]
 )
-def test_bad_options_of_the_command(options, texts, run_cli, tmp_path):
-    result = run_cli(*options, "--device", "cpu")
+def test_bad_options_of_the_command(options, text, run_cli, tmp_path):
+    """The error names what is wrong."""
+    result = run_cli(*f"--{options} --device cpu".split())
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-    assert all(text in result.stderr for text in texts), result.stderr
-    assert not (tmp_path / "runs").exists()
+    assert text in result.stderr and not (tmp_path / "runs").exists()
