@@ -23,9 +23,6 @@ torch.set_num_threads(min(THREADS, torch.get_num_threads()))
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # of the processes that tests start
 
 
-# Losses
-
-
 def cloud(n: int, d: int, seed: int = 0, shift: float = 0.0, dtype=torch.float64) -> torch.Tensor:
     """n Gaussian points around (shift, ..., shift)."""
     rng = torch.Generator().manual_seed(seed)
@@ -60,9 +57,6 @@ def memory_of(code: str) -> list[float]:
     assert result.returncode == 0, result.stderr
     first, *peaks = map(float, result.stdout.split())
     return [peak - first for peak in peaks]
-
-
-# Data
 
 
 def bars(rng: np.random.Generator, count: int, size: int = 28, classes: int = 10) -> tuple:
@@ -104,8 +98,6 @@ def tiny_mnist(tmp_path_factory) -> Path:
     write_usps_like(folder)
     return folder
 
-
-# Runs
 
 SCRIPTS = [importlib.import_module(path.stem) for path in sorted(ROOT.glob("*.py"))]
 TOYS = [script for script in SCRIPTS if hasattr(script, "load_toy")]  # which have 2-D mixtures

@@ -67,18 +67,13 @@ def test_metrics_of_almost_nothing():
 
 
 def test_image_metrics_of_class_shares():
-    """Of a classifier that reads the top left."""
-
-    class Classes(nn.Module):
-        def forward(self, features):
-            pixel = ((features[:, 0] + 1) * 127.5).round().long() % 10
-            return nn.functional.one_hot(pixel, 10).float()
-
-    judge = nn.Sequential(nn.Flatten(), nn.Linear(784, 16, bias=False), Classes()).requires_grad_(False)
-    nn.init.eye_(judge[1].weight)
-    images = torch.randint(256, (100, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    fake, real = images.clone(), images.clone()
-    fake[:, 0, 0] = torch.arange(100) % 5  # only half of the classes
+    """Of a classifier that finds the brightest of the first ten pixels."""
+    judge = nn.Sequential(nn.Flatten(), nn.Linear(784, 16, bias=False), nn.Linear(16, 10, bias=False))
+    for layer in judge[1:]:
+        nn.init.eye_(layer.weight).requires_grad_(False)
+    real = torch.randint(250, (100, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    fake = real.clone()
+    fake[range(100), 0, torch.arange(100) % 5] = 255  # only half of the classes
     metrics = mmd_gan.image_metrics(fake, real, judge)
     assert metrics["class_shares"] == pytest.approx([0.2] * 5 + [0.0] * 5)
     assert {"fid", "precision", "recall"} < metrics.keys()
@@ -150,8 +145,7 @@ def test_toys(dataset, std):
     step = torch.tensor([std, 0.0])
     beside = measure(torch.cat((modes + 2.9 * step, modes + 3.1 * step)))
     assert beside == {"modes": k, "high_quality": 0.5, "mode_kl": pytest.approx(0, abs=1e-12)}
-    off = measure(modes + 4 * step)
-    assert off["modes"] == 0 and off["high_quality"] == 0
+    assert measure(modes + 4 * step)["modes"] == 0
 
 
 def test_average_against_a_hand_computation():

@@ -99,15 +99,11 @@ def test_importing_a_script_only_defines(name):
 
 
 @EACH
-def test_everything_has_a_docstring(name):
+def test_everything_is_described(name):
+    """By a docstring; an option by a comment behind the field or above it, as tyro shows them."""
     assert ast.get_docstring(ast.parse(SOURCES[name]))
     for node in nodes(SOURCES[name]):
         assert ast.get_docstring(node) or node.name == "Args", f"{node.name} has no docstring"
-
-
-@EACH
-def test_every_option_has_a_line_of_help(name):
-    """A comment behind the field or above it, as tyro shows them."""
     (args,) = (node for node in nodes(SOURCES[name]) if node.name == "Args")
     fields = [node for node in args.body if isinstance(node, ast.AnnAssign)]
     assert len(fields) > 10

@@ -9,15 +9,7 @@ import torch
 from conftest import assert_near, cloud, memory_of, with_gradients
 
 import sinkhorn_gan
-from sinkhorn_gan import (
-    mean_cost,
-    minibatch_energy_distance,
-    ot_cost,
-    repulsive_loss,
-    sinkhorn_divergence,
-    sinkhorn_potentials,
-    transport_plan,
-)
+from sinkhorn_gan import mean_cost, ot_cost, sinkhorn_divergence, transport_plan
 
 
 def weights_of(n: int, seed: int, orders: float = 1.0) -> torch.Tensor:
@@ -26,10 +18,8 @@ def weights_of(n: int, seed: int, orders: float = 1.0) -> torch.Tensor:
     return w / w.sum()
 
 
-def brute(x, y, eps, a=None, b=None, cost="euclidean"):
+def brute(x, y, eps, a, b, cost):
     """f, g, the plan, costs of differences and the primal (1), by plain log-domain iterations."""
-    a = torch.full((len(x),), 1 / len(x), dtype=torch.float64) if a is None else a
-    b = torch.full((len(y),), 1 / len(y), dtype=torch.float64) if b is None else b
     if cost == "cosine":
         x, y = (v / v.norm(dim=1, keepdim=True) for v in (x, y))
     c = (x[:, None] - y).square().sum(2) / 2
@@ -45,6 +35,7 @@ def brute(x, y, eps, a=None, b=None, cost="euclidean"):
     return f, g, plan, c, value
 
 
+FUNCTIONS = ot_cost, sinkhorn_divergence, transport_plan, sinkhorn_gan.sinkhorn_potentials
 COSTS = pytest.mark.parametrize("cost", ["euclidean", "cosine"])
 
 
@@ -63,7 +54,7 @@ def test_values_against_iterations_in_float64(n, m, d, eps, cost):
     single = [v.float() if isinstance(v, torch.Tensor) else v for v in problem]
     assert_near(ot_cost(*single), value, 1e-3)
     shift = (a @ f - b @ g) / 2
-    got = sinkhorn_potentials(*problem, **options)
+    got = sinkhorn_gan.sinkhorn_potentials(*problem, **options)
     torch.testing.assert_close(got, (f - shift, g + shift), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(transport_plan(*problem, **options), plan, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(transport_plan(*problem, tol=0.5).sum(1), a)  # exact at any tolerance
@@ -111,17 +102,20 @@ def test_energy_distance_and_repulsive_loss_by_their_terms():
         across = w(x1, y1) + w(x1, y2) + w(x2, y1) + w(x2, y2)
         return across - 2 * w(x1, x2) - 2 * w(y1, y2)
 
-    value, *grads = with_gradients(lambda *v: minibatch_energy_distance(*v, 0.1, **options), *clouds)
+    value, *grads = with_gradients(
+        lambda *v: sinkhorn_gan.minibatch_energy_distance(*v, 0.1, **options), *clouds
+    )
 
     def moved(x, y):
-        _, _, plan, costs, _ = brute(x, y, 0.1, cost="cosine")
+        even = torch.full((12,), 1 / 12, dtype=torch.float64)
+        _, _, plan, costs, _ = brute(x, y, 0.1, even, even, "cosine")
         return (plan * costs).sum()
 
     assert_near(value, energy(moved, *clouds), 1e-7)
     cost = partial(ot_cost, eps=0.1, cost="cosine", **options)
     _, *want = with_gradients(lambda *v: energy(cost, *v), *clouds)
     assert_near(grads, want, 1e-5)
-    got = with_gradients(lambda *v: repulsive_loss(*v, 0.4, **options), *clouds)
+    got = with_gradients(lambda *v: sinkhorn_gan.repulsive_loss(*v, 0.4, **options), *clouds)
     cost = partial(ot_cost, eps=0.4, **options)
     assert_near(got, with_gradients(lambda x1, x2, y1, y2: cost(y1, y2) - cost(x1, x2), *clouds), 1e-6)
 
@@ -154,7 +148,7 @@ def test_a_batch_is_its_problems_each_alone(loss, m):
 def test_a_batch_of_other_functions():
     halves = [torch.stack([cloud(20, 3, 4 * k + i, i / 2) * (1 + k) for k in range(4)]) for i in range(4)]
     for function, clouds in (
-        (lambda *v: minibatch_energy_distance(*v, 0.1), halves),
+        (lambda *v: sinkhorn_gan.minibatch_energy_distance(*v, 0.1), halves),
         (lambda *v: transport_plan(*v, 0.1, tol=1e-6), halves[:2]),
         (mean_cost, halves[:2]),
     ):
@@ -247,7 +241,7 @@ def test_hard_problems_converge(kind, seed):
 def test_iterations_that_do_not_suffice_are_a_warning():
     x, y = cloud(30, 2, dtype=torch.float32), cloud(30, 2, 1, 3.0, torch.float32)
     message = r"3 iterations ended with a marginal error of \d.*tol=0.001"
-    for function in (ot_cost, sinkhorn_divergence, sinkhorn_potentials, transport_plan):
+    for function in FUNCTIONS:
         with pytest.warns(UserWarning, match=message) as found:
             function(x, y, 1e-3, max_iterations=3)
         assert found[0].filename == __file__  # where the user called it
@@ -278,7 +272,7 @@ X, Y = cloud(4, 3), cloud(5, 3, 1)
         (X, Y, 0.1, {"a": torch.tensor([1.5, -0.5, 0, 0]).double()}, "weights of x must not be negative"),
     ],
 )
-@pytest.mark.parametrize("function", [sinkhorn_potentials, ot_cost, sinkhorn_divergence, transport_plan])
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_value_errors(function, x, y, eps, options, message):
     """What cannot work is refused, with the value in the message."""
     with pytest.raises(ValueError, match=message):

@@ -154,10 +154,8 @@ WRONG = [
     (mmd_gan, {"loss": None}, "loss.*'repulsive', 'attractive'.*None"),
     (mmd_gan, {"seed": "3"}, "seed.*int.*'3'"),
     (mmd_gan, {"seed": np.int64(3)}, "seed.*int.*3"),
-    (mmd_gan, {"num_steps": 3.0}, "num_steps.*int.*3.0"),
     (mmd_gan, {"num_steps": True}, "num_steps.*int.*True"),
     (mmd_gan, {"log_every": 0}, "log_every.*positive.*0"),
-    (mmd_gan, {"log_every": -1}, "log_every.*positive.*-1"),
     (mmd_gan, {"torch_deterministic": 1}, "torch_deterministic.*bool.*1"),
     (mmd_gan, {"run_dir": 3}, "run_dir.*str.*3"),
     (mmd_gan, {"nonsense": 1}, "unknown options.*nonsense"),
@@ -228,7 +226,7 @@ def test_the_command_draws_the_labels_of_its_seed(script, monkeypatch):
     assert [call.args[2] for call in drawn.call_args_list] == [3, 5]
 
 
-# Data of one's own
+# Data of one's own, files, numbers, devices, commands
 
 
 @each([script for script in SCRIPTS if script is not cyclegan_mnist_usps])
@@ -266,9 +264,6 @@ def test_images_of_another_size(script, tiny, tmp_path):
     with pytest.raises(script.UserError, match=r"28.*32") as error:
         script.train(tiny(script, data_dir=tmp_path, run_dir=tmp_path / "runs"))
     assert "delete" not in str(error.value) and not (tmp_path / "runs").exists()
-
-
-# Files, numbers, devices
 
 
 def test_a_file_that_is_open_elsewhere(quick, monkeypatch, capsys):
@@ -339,7 +334,6 @@ def test_checkpoints_that_cannot_be_used(tmp_path, run_cli):
     path.parent.mkdir()
     for content, message in (
         ({"weight": torch.ones(2)}, "checkpoint"),
-        ([1, 2], "checkpoint"),
         ({"script": "wgan_gp", "args": {}}, "wgan_gp.py, not mmd_gan.py"),
         (Evil(), "checkpoint"),
     ):
