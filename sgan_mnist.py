@@ -19,8 +19,8 @@ to their augmentations.
     python sgan_mnist.py --no-augment                       # feature matching alone, as in 2016
     python sgan_mnist.py --resume runs/<run> --generate 1000  # draw samples
 
-The default run takes 34 minutes on one slow CPU core, beside another run: 75 errors in the 10,000 test images
-of MNIST (one seed; the first edition made 55 over five draws; results/sgan_mnist.md).
+The default run takes half an hour on one slow CPU core: 64 errors in the 10,000 test images of MNIST (one
+seed; the first edition made 55 over five draws; results/sgan_mnist.md).
 """
 
 import json
