@@ -34,9 +34,9 @@ def with_gradients(function, *points) -> list[torch.Tensor]:
     points = [p.clone().requires_grad_() for p in points]
     values = function(*points)
     values = values if isinstance(values, tuple | list) else [values]
-    out, more = [], len(values) > 1
+    out, several = [], len(values) > 1
     for value in values:
-        grads = torch.autograd.grad(value.sum(), points, retain_graph=more, materialize_grads=True)
+        grads = torch.autograd.grad(value.sum(), points, retain_graph=several, materialize_grads=True)
         out += [value.detach(), *grads]
     return out
 
@@ -102,7 +102,7 @@ def tiny_mnist(tmp_path_factory) -> Path:
 SCRIPTS = [importlib.import_module(path.stem) for path in sorted(ROOT.glob("*.py"))]
 TOYS = [script for script in SCRIPTS if hasattr(script, "load_toy")]  # which have 2-D mixtures
 MEASURED = [script for script in SCRIPTS if hasattr(script, "image_metrics")]  # whose images have a fid
-DRAWING = [script for script in SCRIPTS if hasattr(script, "make_generator")]  # samples from latents
+DRAWING = [script for script in SCRIPTS if hasattr(script, "make_generator")]  # from latents
 TINY = {"num_steps": 4, "batch_size": 8, "latent_dim": 4, "device": "cpu", "channels": 4, "eval_views": 1}
 TINY |= {"log_every": 1, "eval_every": 3, "num_eval_samples": 60, "num_labels": 20, "label_batch_size": 8}
 COUNTER = itertools.count()
