@@ -247,7 +247,8 @@ def load_classifier(args, images: Tensor, labels: Tensor) -> nn.Sequential:
         nn.ReLU(),  # the features (b, 128)
         nn.Linear(128, 10),
     ).to(images.device)
-    path = Path(args.run_dir, f"classifier__{args.dataset}__{images.sum().item()}.pt")  # of these pixels
+    mark = (images.sum((1, 2)) * (labels + 1)).sum().item()  # other images or labels have another one
+    path = Path(args.run_dir, f"classifier__{args.dataset}__{mark}.pt")
     if not path.exists():
         print(f"training the classifier that evaluates samples, once, for {path}", flush=True)
         optimizer = torch.optim.Adam(classifier.parameters())

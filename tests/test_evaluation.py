@@ -79,6 +79,8 @@ def test_image_metrics_of_class_shares():
     assert {"fid", "precision", "recall"} < metrics.keys()
     same = mmd_gan.image_metrics(mmd_gan.to_float(fake), fake, judge)
     assert same["precision"] == same["recall"] == 1 and same["fid"] == pytest.approx(0, abs=1e-4)
+    more = mmd_gan.image_metrics(torch.cat((real, 255 - real)), real, judge)  # of more samples than images
+    assert more["precision"] == more["recall"] == 1 and more["fid"] > 0.01
 
 
 def test_classifier_is_made_once_for_its_images(tmp_path, capsys):
@@ -90,8 +92,9 @@ def test_classifier_is_made_once_for_its_images(tmp_path, capsys):
     assert (found == labels[500:]).float().mean() > 0.8
     again = mmd_gan.load_classifier(args, images[:500], labels[:500])
     assert all(map(torch.equal, again.parameters(), first.parameters())) and capsys.readouterr().out == ""
-    mmd_gan.load_classifier(args, images[500:600], labels[500:600])
-    assert len(list(tmp_path.glob("classifier__*.pt"))) == 2
+    for other in (images[500:600], labels[500:600]), (images[500:600], labels[500:600].flip(0)):
+        mmd_gan.load_classifier(args, *other)
+    assert len(list(tmp_path.glob("classifier__*.pt"))) == 3
 
 
 def test_cluster_metrics():
