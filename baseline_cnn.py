@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "tyro", "wandb", "numpy", "tqdm", "matplotlib", "scikit-learn"]
+# dependencies = [
+#     "torch", "torchvision", "tyro", "pydantic", "wandb", "numpy", "tqdm", "matplotlib", "scikit-learn",
+# ]
 # ///
 """A convolutional classifier that learns from labels alone: the yardstick for sgan_mnist.py.
 
@@ -25,33 +27,31 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 import torchvision
 import tyro
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 SCRIPT = "baseline_cnn"
-PRESETS = {}
-MAY_BE_ZERO = ("seed", "label_seed", "num_steps", "eval_every")
+PRESETS = {}  # no data set has options of its own
 
 
 class UserError(ValueError):
     """A mistake that the user can fix; the command line shows nothing but its message."""
 
 
-@dataclass(init=False)
-class Args:
+class Args(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
     exp_name: str = SCRIPT  # first part of the run folder's name
-    seed: int = 1  # seed of the run
+    seed: int = Field(1, ge=0)  # seed of the run
     torch_deterministic: bool = True  # use deterministic algorithms where torch has them
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # as torch names it: cpu, cuda:1, mps
     track: bool = False  # log to Weights & Biases
@@ -62,46 +62,31 @@ class Args:
     eval_split: Literal["test", "validation"] = "test"  # validation: the last sixth of the training images
     run_dir: str = "runs"  # folder of the run folders
     resume: str = ""  # run folder to resume; its options apply unless given again
-    log_every: int = 100  # steps between lines of metrics.jsonl, each with a checkpoint
-    eval_every: int = 0  # steps between evaluations; 0: a fifth of the run
-    num_steps: int = 0  # updates of the network; 0: ten passes through the labels, at least 500
-    batch_size: int = 64  # images in a batch
-    num_labels: int = 100  # labels to learn from, equally many of each class, or all that there are
-    label_seed: int = 0  # seed of the draw of the labelled images; 0: that of the run
+    log_every: int = Field(100, gt=0)  # steps between lines of metrics.jsonl, each with a checkpoint
+    eval_every: int = Field(0, ge=0)  # steps between evaluations; 0: a fifth of the run
+    num_steps: int = Field(0, ge=0)  # updates of the network; 0: ten passes through the labels, at least 500
+    batch_size: int = Field(64, ge=2)  # images in a batch
+    # labels to learn from, equally many of each class, or all that there are
+    num_labels: int = Field(100, gt=0)
+    label_seed: int = Field(0, ge=0)  # seed of the draw of the labelled images; 0: that of the run
     augment: bool = False  # turn, shear, scale and shift the images at random
-    channels: int = 32  # of the network's largest feature maps
-    learning_rate: float = 3e-3  # it falls linearly to zero
+    channels: int = Field(32, gt=0)  # of the network's largest feature maps
+    learning_rate: float = Field(3e-3, gt=0)  # it falls linearly to zero
 
     def __init__(self, **options):
-        set_options(self, options)
-        if self.batch_size < 2:
-            raise UserError("batch_size must be at least 2, for batch normalisation")
-
-
-def set_options(args, options: dict) -> None:
-    """Set args to the options, else to those of the run to resume, the data set's preset or the defaults."""
-    base = {}
-    for name, presets in PRESETS.items():
-        base |= presets.get(options.get(name), {})
-    # The command line gives every option, of a resumed run those of the run that were not typed.
-    if options.get("resume") and len(options) < len(fields(args)):
-        base = load_checkpoint(options["resume"])["args"]
-        del base["device"]  # another machine may go on
-    for f in fields(args):
-        value = options.pop(f.name, base.get(f.name, f.default))
-        kind = type(f.default)
-        if isinstance(value, str | os.PathLike):
-            value = os.path.expanduser(value)
-        if kind is float and type(value) is int:
-            value = float(value)
-        words = get_args(f.type) if kind is str else ()
-        if type(value) is not kind or (words and value not in words):
-            raise UserError(f"{f.name} must be {words or kind.__name__}, not {value!r}")
-        if kind in (int, float) and not (0 <= value < math.inf and (value or f.name in MAY_BE_ZERO)):
-            raise UserError(f"{f.name} must be positive and finite, not {value!r}")
-        setattr(args, f.name, value)
-    if options:
-        raise UserError(f"unknown options: {list(options)}")
+        for name, value in options.items():
+            if isinstance(value, str | os.PathLike):
+                options[name] = os.path.expanduser(value)
+        # The command line gives every option, of a resumed run those of the run that were not typed.
+        if options.get("resume") and len(options) < len(Args.model_fields):
+            saved = load_checkpoint(options["resume"])["args"]
+            del saved["device"]  # another machine may go on
+            options = saved | options
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+            raise UserError("; ".join(wrong)) from None
 
 
 # ---- Data -----------------------------------------------------------------------------------------------
@@ -362,7 +347,7 @@ def train(args: Args) -> Path:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Return the command line's options, over those of the resumed run or the data set's preset."""
     typed = tyro.cli(Args, args=argv)
-    chosen = {name: getattr(typed, name) for name in PRESETS if getattr(typed, name) != getattr(Args, name)}
+    chosen = {name: value for name, value in vars(typed).items() if value in PRESETS}
     default = Args(resume=typed.resume) if typed.resume else Args(**chosen)
     return tyro.cli(Args, args=argv, default=default)
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "tyro", "wandb", "numpy", "tqdm", "matplotlib", "scikit-learn"]
+# dependencies = [
+#     "torch", "torchvision", "tyro", "pydantic", "wandb", "numpy", "tqdm", "matplotlib", "scikit-learn",
+# ]
 # ///
 """CycleGAN between MNIST and USPS: handwriting of one collection in the manner of the other, without pairs.
 
@@ -34,34 +36,32 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 import torchvision
 import tyro
 from PIL import Image
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 SCRIPT = "cyclegan_mnist_usps"
-PRESETS = {}
-MAY_BE_ZERO = ("seed", "generate", "num_eval_samples", "cycle_weight", "identity_weight", "semantic_weight")
+PRESETS = {}  # no data set has options of its own
 
 
 class UserError(ValueError):
     """A mistake that the user can fix; the command line shows nothing but its message."""
 
 
-@dataclass(init=False)
-class Args:
+class Args(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
     exp_name: str = SCRIPT  # first part of the run folder's name
-    seed: int = 1  # seed of the run
+    seed: int = Field(1, ge=0)  # seed of the run
     torch_deterministic: bool = True  # use deterministic algorithms where torch has them
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # as torch names it: cpu, cuda:1, mps
     track: bool = False  # log to Weights & Biases
@@ -72,53 +72,40 @@ class Args:
     eval_split: Literal["test", "validation"] = "test"  # validation: the last sixth of the training images
     run_dir: str = "runs"  # folder of the run folders
     resume: str = ""  # run folder to resume; its options apply unless given again
-    generate: int = 0  # instead of training, translate so many test images by the run --resume
+    generate: int = Field(0, ge=0)  # instead of training, translate so many test images by the run --resume
     input: str = ""  # likewise, but the images in this folder: 28 x 28, or 16 x 16 of USPS, white on black
     direction: Literal["mnist2usps", "usps2mnist"] = "mnist2usps"  # of --generate and --input
-    log_every: int = 50  # steps between lines of metrics.jsonl, each with a checkpoint
-    eval_every: int = 500  # steps between evaluations, each with a picture
-    num_eval_samples: int = 10_000  # test images of each domain that are translated for one; 0: none
-    num_steps: int = 1000  # updates of the generators
-    batch_size: int = 16  # images of each domain in a batch
-    channels: int = 16  # of the generators' first layer; discriminators have twice as many
-    cycle_weight: float = 10.0  # weight lambda of the cycle loss
-    identity_weight: float = 5.0  # weight of the identity loss
+    log_every: int = Field(50, gt=0)  # steps between lines of metrics.jsonl, each with a checkpoint
+    eval_every: int = Field(500, gt=0)  # steps between evaluations, each with a picture
+    # test images of each domain that are translated for one; 0: none
+    num_eval_samples: int = Field(10_000, ge=0)
+    num_steps: int = Field(1000, gt=0)  # updates of the generators
+    batch_size: int = Field(16, gt=0, le=50)  # images of each domain; 50 earlier translations are kept
+    channels: int = Field(16, gt=0)  # of the generators' first layer; discriminators have twice as many
+    cycle_weight: float = Field(10.0, ge=0)  # weight lambda of the cycle loss
+    identity_weight: float = Field(5.0, ge=0)  # weight of the identity loss
     semantic_consistency: Literal["none", "mnist", "usps"] = "none"  # whose labels teach a classifier ...
-    semantic_weight: float = 1.0  # ... that is to find the same digit in a translation; the weight of that
-    learning_rate: float = 1e-3  # of all networks; it falls to zero in the second half of the run
+    # ... that is to find the same digit in a translation; the weight of that
+    semantic_weight: float = Field(1.0, ge=0)
+    # of all networks; it falls to zero in the second half of the run
+    learning_rate: float = Field(1e-3, gt=0)
 
     def __init__(self, **options):
-        set_options(self, options)
+        for name, value in options.items():
+            if isinstance(value, str | os.PathLike):
+                options[name] = os.path.expanduser(value)
+        # The command line gives every option, of a resumed run those of the run that were not typed.
+        if options.get("resume") and len(options) < len(Args.model_fields):
+            saved = load_checkpoint(options["resume"])["args"]
+            del saved["device"]  # another machine may go on
+            options = saved | options
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+            raise UserError("; ".join(wrong)) from None
         if (self.generate or self.input) and not self.resume:
             raise UserError("--generate and --input need --resume, the folder of the run that translates")
-        if self.batch_size > 50:
-            raise UserError("batch_size must be at most 50, the size of the buffer of translations")
-
-
-def set_options(args, options: dict) -> None:
-    """Set args to the options, else to those of the run to resume, the data set's preset or the defaults."""
-    base = {}
-    for name, presets in PRESETS.items():
-        base |= presets.get(options.get(name), {})
-    # The command line gives every option, of a resumed run those of the run that were not typed.
-    if options.get("resume") and len(options) < len(fields(args)):
-        base = load_checkpoint(options["resume"])["args"]
-        del base["device"]  # another machine may go on
-    for f in fields(args):
-        value = options.pop(f.name, base.get(f.name, f.default))
-        kind = type(f.default)
-        if isinstance(value, str | os.PathLike):
-            value = os.path.expanduser(value)
-        if kind is float and type(value) is int:
-            value = float(value)
-        words = get_args(f.type) if kind is str else ()
-        if type(value) is not kind or (words and value not in words):
-            raise UserError(f"{f.name} must be {words or kind.__name__}, not {value!r}")
-        if kind in (int, float) and not (0 <= value < math.inf and (value or f.name in MAY_BE_ZERO)):
-            raise UserError(f"{f.name} must be positive and finite, not {value!r}")
-        setattr(args, f.name, value)
-    if options:
-        raise UserError(f"unknown options: {list(options)}")
 
 
 # ---- Data -----------------------------------------------------------------------------------------------
@@ -608,7 +595,7 @@ def train(args: Args) -> Path:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Return the command line's options, over those of the resumed run or the data set's preset."""
     typed = tyro.cli(Args, args=argv)
-    chosen = {name: getattr(typed, name) for name in PRESETS if getattr(typed, name) != getattr(Args, name)}
+    chosen = {name: value for name, value in vars(typed).items() if value in PRESETS}
     default = Args(resume=typed.resume) if typed.resume else Args(**chosen)
     return tyro.cli(Args, args=argv, default=default)
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "tyro", "wandb", "numpy", "tqdm", "matplotlib", "scikit-learn"]
+# dependencies = [
+#     "torch", "torchvision", "tyro", "pydantic", "wandb", "numpy", "tqdm", "matplotlib", "scikit-learn",
+# ]
 # ///
 """Gaussian-mixture GAN: the latent is a mixture of K Gaussians, and a component becomes a kind of image.
 
@@ -33,34 +35,31 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 import torchvision
 import tyro
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 SCRIPT = "gmgan_mnist"
-PRESETS = {"dataset": {"digits": {"num_steps": 1500, "eval_every": 500}}}
-MAY_BE_ZERO = ("seed", "generate", "num_eval_samples", "gamma", "truncation")
-MAY_BE_ZERO += ("component_weight", "naming_weight")
+PRESETS = {"digits": {"num_steps": 1500, "eval_every": 500}}
 
 
 class UserError(ValueError):
     """A mistake that the user can fix; the command line shows nothing but its message."""
 
 
-@dataclass(init=False)
-class Args:
+class Args(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
     exp_name: str = SCRIPT  # first part of the run folder's name
-    seed: int = 1  # seed of the run
+    seed: int = Field(1, ge=0)  # seed of the run
     torch_deterministic: bool = True  # use deterministic algorithms where torch has them
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # as torch names it: cpu, cuda:1, mps
     track: bool = False  # log to Weights & Biases
@@ -71,58 +70,48 @@ class Args:
     eval_split: Literal["test", "validation"] = "test"  # validation: the last sixth of the training images
     run_dir: str = "runs"  # folder of the run folders
     resume: str = ""  # run folder to resume; its options apply unless given again
-    generate: int = 0  # instead of training, write this many samples of the run in --resume to its generated/
+    generate: int = Field(0, ge=0)  # write so many samples of the run in --resume to its generated/, then end
     component: tuple[int, ...] = ()  # with --generate: draw from these alone, of 0 to K - 1
-    truncation: float = 1.0  # with --generate: factor on the standard deviations
-    log_every: int = 100  # steps between lines of metrics.jsonl, each with a checkpoint
-    eval_every: int = 1000  # steps between evaluations, each with pictures
-    num_eval_samples: int = 10_000  # samples drawn for an evaluation; 0: none
-    num_steps: int = 5000  # updates of the generator
-    batch_size: int = 64  # samples in a batch
+    truncation: float = Field(1.0, ge=0)  # with --generate: factor on the standard deviations
+    log_every: int = Field(100, gt=0)  # steps between lines of metrics.jsonl, each with a checkpoint
+    eval_every: int = Field(1000, gt=0)  # steps between evaluations, each with pictures
+    num_eval_samples: int = Field(10_000, ge=0)  # samples drawn for an evaluation; 0: none
+    num_steps: int = Field(5000, gt=0)  # updates of the generator
+    batch_size: int = Field(64, gt=0)  # samples in a batch
     latent: Literal["normal", "static", "dynamic"] = "dynamic"  # one Gaussian, a fixed or a trained mixture
-    latent_dim: int = 32  # size of the generator's input, d
-    num_components: int = 10  # Gaussians in the mixture, K
-    latent_range: float = 1.0  # c: the means are drawn uniformly from [-c, c]^d
-    sigma: float = 1.5  # standard deviation of a component, at first if it trains
+    latent_dim: int = Field(32, gt=0)  # size of the generator's input, d
+    num_components: int = Field(10, gt=0)  # Gaussians in the mixture, K
+    latent_range: float = Field(1.0, gt=0)  # c: the means are drawn uniformly from [-c, c]^d
+    sigma: float = Field(1.5, gt=0)  # standard deviation of a component, at first if it trains
     loss: Literal["relativistic", "non-saturating"] = "relativistic"  # logits compared in pairs, or with zero
-    gamma: float = 0.2  # half of it weighs each penalty on the discriminator's slope, at real and at fake
-    component_weight: float = 1.0  # weight of the head that names components, in the discriminator's loss
-    naming_weight: float = 1.0  # weight of its term in the generator's loss, which trades recall for clarity
-    learning_rate: float = 2e-3  # of both networks; it falls to zero in the last part of the run
+    # half of it weighs each penalty on the discriminator's slope, at real and at fake
+    gamma: float = Field(0.2, ge=0)
+    # weight of the head that names components, in the discriminator's loss
+    component_weight: float = Field(1.0, ge=0)
+    # weight of its term in the generator's loss, which trades recall for clarity
+    naming_weight: float = Field(1.0, ge=0)
+    learning_rate: float = Field(2e-3, gt=0)  # of both networks; it falls to zero in the last part of the run
 
     def __init__(self, **options):
-        set_options(self, options)
+        for name, value in options.items():
+            if isinstance(value, str | os.PathLike):
+                options[name] = os.path.expanduser(value)
+        # The command line gives every option, of a resumed run those of the run that were not typed.
+        if options.get("resume") and len(options) < len(Args.model_fields):
+            saved = load_checkpoint(options["resume"])["args"]
+            del saved["device"]  # another machine may go on
+            options = saved | options
+        options = PRESETS.get(options.get("dataset"), {}) | options
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+            raise UserError("; ".join(wrong)) from None
         if self.generate and not self.resume:
             raise UserError("--generate needs --resume, the folder of the run that draws the samples")
         k = 1 if self.latent == "normal" else self.num_components
-        if not all(type(i) is int and 0 <= i < k for i in self.component):
+        if not all(0 <= i < k for i in self.component):
             raise UserError(f"component must be of 0 to {k - 1}, not {self.component}")
-
-
-def set_options(args, options: dict) -> None:
-    """Set args to the options, else to those of the run to resume, the data set's preset or the defaults."""
-    base = {}
-    for name, presets in PRESETS.items():
-        base |= presets.get(options.get(name), {})
-    # The command line gives every option, of a resumed run those of the run that were not typed.
-    if options.get("resume") and len(options) < len(fields(args)):
-        base = load_checkpoint(options["resume"])["args"]
-        del base["device"]  # another machine may go on
-    for f in fields(args):
-        value = options.pop(f.name, base.get(f.name, f.default))
-        kind = type(f.default)
-        if isinstance(value, str | os.PathLike):
-            value = os.path.expanduser(value)
-        if kind is float and type(value) is int:
-            value = float(value)
-        words = get_args(f.type) if kind is str else ()
-        if type(value) is not kind or (words and value not in words):
-            raise UserError(f"{f.name} must be {words or kind.__name__}, not {value!r}")
-        if kind in (int, float) and not (0 <= value < math.inf and (value or f.name in MAY_BE_ZERO)):
-            raise UserError(f"{f.name} must be positive and finite, not {value!r}")
-        setattr(args, f.name, value)
-    if options:
-        raise UserError(f"unknown options: {list(options)}")
 
 
 # ---- Data -----------------------------------------------------------------------------------------------
@@ -572,7 +561,7 @@ def train(args: Args) -> Path:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Return the command line's options, over those of the resumed run or the data set's preset."""
     typed = tyro.cli(Args, args=argv)
-    chosen = {name: getattr(typed, name) for name in PRESETS if getattr(typed, name) != getattr(Args, name)}
+    chosen = {name: value for name, value in vars(typed).items() if value in PRESETS}
     default = Args(resume=typed.resume) if typed.resume else Args(**chosen)
     return tyro.cli(Args, args=argv, default=default)
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "tyro", "wandb", "numpy", "tqdm", "matplotlib", "scikit-learn"]
+# dependencies = [
+#     "torch", "torchvision", "tyro", "pydantic", "wandb", "numpy", "tqdm", "matplotlib", "scikit-learn",
+# ]
 # ///
 """MMD-GAN: a generator that matches the data in the eyes of a kernel, and a critic that sharpens the kernel.
 
@@ -31,17 +33,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
 import tyro
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -53,18 +55,16 @@ TOY = {"batch_size": 256, "latent_dim": 2, "encoder": "none", "kernel": "gaussia
 RING = {"num_steps": 20_000, "eval_every": 4000, "bandwidths": tuple(0.01 * 2**i for i in range(8))}
 GRID = {"num_steps": 45_000, "eval_every": 9000, "bandwidths": tuple(0.05 * 2**i for i in range(7))}
 DIGITS = {"num_steps": 1500, "eval_every": 500}
-PRESETS = {"dataset": {"digits": DIGITS, "ring": TOY | RING, "grid": TOY | GRID}}
-MAY_BE_ZERO = ("seed", "generate", "num_eval_samples")
+PRESETS = {"digits": DIGITS, "ring": TOY | RING, "grid": TOY | GRID}
 
 
 class UserError(ValueError):
     """A mistake that the user can fix; the command line shows nothing but its message."""
 
 
-@dataclass(init=False)
-class Args:
+class Args(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
     exp_name: str = SCRIPT  # first part of the run folder's name
-    seed: int = 1  # seed of the run
+    seed: int = Field(1, ge=0)  # seed of the run
     torch_deterministic: bool = True  # use deterministic algorithms where torch has them
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # as torch names it: cpu, cuda:1, mps
     track: bool = False  # log to Weights & Biases
@@ -76,56 +76,40 @@ class Args:
     eval_split: Literal["test", "validation"] = "test"  # validation: the last sixth of the training images
     run_dir: str = "runs"  # folder of the run folders
     resume: str = ""  # run folder to resume; its options apply unless given again
-    generate: int = 0  # instead of training, write this many samples of the run in --resume to its generated/
-    log_every: int = 100  # steps between lines of metrics.jsonl, each with a checkpoint
-    eval_every: int = 2400  # steps between evaluations, each with a picture
-    num_eval_samples: int = 10_000  # samples per evaluation; 0 skips it for images
-    num_steps: int = 12_000  # updates of the generator
-    batch_size: int = 64  # samples in a batch
-    latent_dim: int = 32  # size of the generator's Gaussian input
+    generate: int = Field(0, ge=0)  # write so many samples of the run in --resume to its generated/, then end
+    log_every: int = Field(100, gt=0)  # steps between lines of metrics.jsonl, each with a checkpoint
+    eval_every: int = Field(2400, gt=0)  # steps between evaluations, each with a picture
+    num_eval_samples: int = Field(10_000, ge=0)  # samples per evaluation; 0 skips it for images
+    num_steps: int = Field(12_000, gt=0)  # updates of the generator
+    batch_size: int = Field(64, ge=2)  # samples in a batch
+    latent_dim: int = Field(32, gt=0)  # size of the generator's Gaussian input
     # none: no critic, the kernel acts on the data itself, as in a moment matching network
     encoder: Literal["learned", "none"] = "learned"
     # a mixture of rational quadratics, whose slope never vanishes, or of Gaussians
     kernel: Literal["rational_quadratic", "gaussian"] = "rational_quadratic"
-    bandwidths: tuple[float, ...] = (1.0, 2.0, 4.0)  # exponents of rational quadratics, widths of Gaussians
+    # exponents of rational quadratics, widths of Gaussians
+    bandwidths: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 2.0, 4.0), min_length=1)
     loss: Literal["repulsive", "attractive"] = "repulsive"  # of the critic: k_xx - k_yy, or -MMD^2
-    lr_generator: float = 3e-3  # learning rate, which falls to zero in the last part of the run
-    lr_critic: float = 2e-3  # likewise
+    lr_generator: float = Field(3e-3, gt=0)  # learning rate, which falls to zero in the last part of the run
+    lr_critic: float = Field(2e-3, gt=0)  # likewise
 
     def __init__(self, **options):
-        set_options(self, options)
+        for name, value in options.items():
+            if isinstance(value, str | os.PathLike):
+                options[name] = os.path.expanduser(value)
+        # The command line gives every option, of a resumed run those of the run that were not typed.
+        if options.get("resume") and len(options) < len(Args.model_fields):
+            saved = load_checkpoint(options["resume"])["args"]
+            del saved["device"]  # another machine may go on
+            options = saved | options
+        options = PRESETS.get(options.get("dataset"), {}) | options
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+            raise UserError("; ".join(wrong)) from None
         if self.generate and not self.resume:
             raise UserError("--generate needs --resume, the folder of the run that draws the samples")
-        if not all(type(s) is float and 0 < s < math.inf for s in self.bandwidths or [0]):
-            raise UserError(f"bandwidths must be positive floats, not {self.bandwidths}")
-        if self.batch_size < 2:
-            raise UserError("batch_size must be at least 2: a kernel mean is one over pairs")
-
-
-def set_options(args, options: dict) -> None:
-    """Set args to the options, else to those of the run to resume, the data set's preset or the defaults."""
-    base = {}
-    for name, presets in PRESETS.items():
-        base |= presets.get(options.get(name), {})
-    # The command line gives every option, of a resumed run those of the run that were not typed.
-    if options.get("resume") and len(options) < len(fields(args)):
-        base = load_checkpoint(options["resume"])["args"]
-        del base["device"]  # another machine may go on
-    for f in fields(args):
-        value = options.pop(f.name, base.get(f.name, f.default))
-        kind = type(f.default)
-        if isinstance(value, str | os.PathLike):
-            value = os.path.expanduser(value)
-        if kind is float and type(value) is int:
-            value = float(value)
-        words = get_args(f.type) if kind is str else ()
-        if type(value) is not kind or (words and value not in words):
-            raise UserError(f"{f.name} must be {words or kind.__name__}, not {value!r}")
-        if kind in (int, float) and not (0 <= value < math.inf and (value or f.name in MAY_BE_ZERO)):
-            raise UserError(f"{f.name} must be positive and finite, not {value!r}")
-        setattr(args, f.name, value)
-    if options:
-        raise UserError(f"unknown options: {list(options)}")
 
 
 # ---- Data -----------------------------------------------------------------------------------------------
@@ -779,7 +763,7 @@ def train(args: Args) -> Path:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Return the command line's options, over those of the resumed run or the data set's preset."""
     typed = tyro.cli(Args, args=argv)
-    chosen = {name: getattr(typed, name) for name in PRESETS if getattr(typed, name) != getattr(Args, name)}
+    chosen = {name: value for name, value in vars(typed).items() if value in PRESETS}
     default = Args(resume=typed.resume) if typed.resume else Args(**chosen)
     return tyro.cli(Args, args=argv, default=default)
 

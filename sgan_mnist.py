@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "tyro", "wandb", "numpy", "tqdm", "matplotlib", "scikit-learn"]
+# dependencies = [
+#     "torch", "torchvision", "tyro", "pydantic", "wandb", "numpy", "tqdm", "matplotlib", "scikit-learn",
+# ]
 # ///
 """Semi-supervised GAN: a classifier that learns from a few labels, and from telling real images from fake.
 
@@ -33,33 +35,31 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 import torchvision
 import tyro
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 SCRIPT = "sgan_mnist"
-PRESETS = {"dataset": {"digits": {"num_steps": 1500, "eval_every": 300}}}
-MAY_BE_ZERO = ("seed", "label_seed", "generate", "gan_weight", "consistency_weight", "paste", "eval_views")
+PRESETS = {"digits": {"num_steps": 1500, "eval_every": 300}}
 
 
 class UserError(ValueError):
     """A mistake that the user can fix; the command line shows nothing but its message."""
 
 
-@dataclass(init=False)
-class Args:
+class Args(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
     exp_name: str = SCRIPT  # first part of the run folder's name
-    seed: int = 1  # seed of the run
+    seed: int = Field(1, ge=0)  # seed of the run
     torch_deterministic: bool = True  # use deterministic algorithms where torch has them
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # as torch names it: cpu, cuda:1, mps
     track: bool = False  # log to Weights & Biases
@@ -70,57 +70,43 @@ class Args:
     eval_split: Literal["test", "validation"] = "test"  # validation: the last sixth of the training images
     run_dir: str = "runs"  # folder of the run folders
     resume: str = ""  # run folder to resume; its options apply unless given again
-    generate: int = 0  # instead of training, write this many samples of the run in --resume to its generated/
-    log_every: int = 100  # steps between lines of metrics.jsonl, each with a checkpoint
-    eval_every: int = 600  # steps between evaluations, each with pictures
-    num_steps: int = 6000  # updates of classifier and generator
-    batch_size: int = 128  # unlabelled images in a batch; half as many are generated
-    label_batch_size: int = 100  # labelled images in a batch
-    num_labels: int = 100  # labels to learn from, equally many of each class
-    label_seed: int = 0  # seed of the draw of the labelled images; 0: that of the run
-    latent_dim: int = 32  # size of the generator's Gaussian input
-    channels: int = 16  # of the classifier's largest feature maps
-    lr_classifier: float = 3e-3  # learning rate, which falls to zero in the last part of the run
-    lr_generator: float = 2e-3  # likewise
-    gan_weight: float = 0.3  # weight of the real and fake terms; 0 trains no generator
+    generate: int = Field(0, ge=0)  # write so many samples of the run in --resume to its generated/, then end
+    log_every: int = Field(100, gt=0)  # steps between lines of metrics.jsonl, each with a checkpoint
+    eval_every: int = Field(600, gt=0)  # steps between evaluations, each with pictures
+    num_steps: int = Field(6000, gt=0)  # updates of classifier and generator
+    batch_size: int = Field(128, ge=4)  # unlabelled images in a batch; half as many are generated
+    label_batch_size: int = Field(100, gt=0)  # labelled images in a batch
+    num_labels: int = Field(100, gt=0)  # labels to learn from, equally many of each class
+    label_seed: int = Field(0, ge=0)  # seed of the draw of the labelled images; 0: that of the run
+    latent_dim: int = Field(32, gt=0)  # size of the generator's Gaussian input
+    channels: int = Field(16, gt=0)  # of the classifier's largest feature maps
+    lr_classifier: float = Field(3e-3, gt=0)  # learning rate, which falls to zero in the last part of the run
+    lr_generator: float = Field(2e-3, gt=0)  # likewise
+    gan_weight: float = Field(0.3, ge=0)  # weight of the real and fake terms; 0 trains no generator
     augment: bool = True  # turn, shear, scale and shift all images; without, the next four have no meaning
-    consistency_weight: float = 1.0  # weight of the classes that the averaged classifier teaches
-    threshold: float = 0.8  # probability from which on it is sure enough to teach
-    paste: float = 0.5  # share of images with a patch of another at first; none after half of the run
-    eval_views: int = 8  # augmented views that count in an image's class beside the image itself
+    consistency_weight: float = Field(1.0, ge=0)  # weight of the classes that the averaged classifier teaches
+    threshold: float = Field(0.8, gt=0)  # probability from which on it is sure enough to teach
+    # share of images with a patch of another at first; none after half of the run
+    paste: float = Field(0.5, ge=0)
+    eval_views: int = Field(8, ge=0)  # augmented views that count in an image's class beside the image itself
 
     def __init__(self, **options):
-        set_options(self, options)
+        for name, value in options.items():
+            if isinstance(value, str | os.PathLike):
+                options[name] = os.path.expanduser(value)
+        # The command line gives every option, of a resumed run those of the run that were not typed.
+        if options.get("resume") and len(options) < len(Args.model_fields):
+            saved = load_checkpoint(options["resume"])["args"]
+            del saved["device"]  # another machine may go on
+            options = saved | options
+        options = PRESETS.get(options.get("dataset"), {}) | options
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+            raise UserError("; ".join(wrong)) from None
         if self.generate and not self.resume:
             raise UserError("--generate needs --resume, the folder of the run that draws the samples")
-        if self.batch_size < 4:
-            raise UserError("batch_size must be at least 4, for batch normalisation")
-
-
-def set_options(args, options: dict) -> None:
-    """Set args to the options, else to those of the run to resume, the data set's preset or the defaults."""
-    base = {}
-    for name, presets in PRESETS.items():
-        base |= presets.get(options.get(name), {})
-    # The command line gives every option, of a resumed run those of the run that were not typed.
-    if options.get("resume") and len(options) < len(fields(args)):
-        base = load_checkpoint(options["resume"])["args"]
-        del base["device"]  # another machine may go on
-    for f in fields(args):
-        value = options.pop(f.name, base.get(f.name, f.default))
-        kind = type(f.default)
-        if isinstance(value, str | os.PathLike):
-            value = os.path.expanduser(value)
-        if kind is float and type(value) is int:
-            value = float(value)
-        words = get_args(f.type) if kind is str else ()
-        if type(value) is not kind or (words and value not in words):
-            raise UserError(f"{f.name} must be {words or kind.__name__}, not {value!r}")
-        if kind in (int, float) and not (0 <= value < math.inf and (value or f.name in MAY_BE_ZERO)):
-            raise UserError(f"{f.name} must be positive and finite, not {value!r}")
-        setattr(args, f.name, value)
-    if options:
-        raise UserError(f"unknown options: {list(options)}")
 
 
 # ---- Data -----------------------------------------------------------------------------------------------
@@ -550,7 +536,7 @@ def train(args: Args) -> Path:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Return the command line's options, over those of the resumed run or the data set's preset."""
     typed = tyro.cli(Args, args=argv)
-    chosen = {name: getattr(typed, name) for name in PRESETS if getattr(typed, name) != getattr(Args, name)}
+    chosen = {name: value for name, value in vars(typed).items() if value in PRESETS}
     default = Args(resume=typed.resume) if typed.resume else Args(**chosen)
     return tyro.cli(Args, args=argv, default=default)
 

@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "tyro", "wandb", "numpy", "tqdm", "matplotlib", "scikit-learn"]
+# dependencies = [
+#     "torch", "torchvision", "tyro", "pydantic", "wandb", "numpy", "tqdm", "matplotlib", "scikit-learn",
+# ]
 # ///
 """Sinkhorn GAN: a generator that moves its samples to the data along the cheapest plan, smoothed by entropy.
 
@@ -36,17 +38,17 @@ import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
 import tyro
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -59,21 +61,16 @@ TOY |= {"cost": "euclidean", "epsilon": 5e-4, "tolerance": 0.1, "max_iterations"
 FIXED = {"num_steps": 2000, "eval_every": 400, "batch_size": 512, "cost": "euclidean", "epsilon": 0.05}
 FIXED |= {"loss": "minibatch-energy"}
 DIGITS = {"num_steps": 1500, "eval_every": 500, "lr_critic": 5e-4}
-PRESETS = {
-    "critic": {"fixed": FIXED},
-    "dataset": {"digits": DIGITS, "ring": TOY | {"epsilon": 1e-4}, "grid": TOY},
-}
-MAY_BE_ZERO = ("seed", "generate", "num_eval_samples")
+PRESETS = {"fixed": FIXED, "digits": DIGITS, "ring": TOY | {"epsilon": 1e-4}, "grid": TOY}
 
 
 class UserError(ValueError):
     """A mistake that the user can fix; the command line shows nothing but its message."""
 
 
-@dataclass(init=False)
-class Args:
+class Args(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
     exp_name: str = SCRIPT  # first part of the run folder's name
-    seed: int = 1  # seed of the run
+    seed: int = Field(1, ge=0)  # seed of the run
     torch_deterministic: bool = True  # use deterministic algorithms where torch has them
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # as torch names it: cpu, cuda:1, mps
     track: bool = False  # log to Weights & Biases
@@ -85,61 +82,48 @@ class Args:
     eval_split: Literal["test", "validation"] = "test"  # validation: the last sixth of the training images
     run_dir: str = "runs"  # folder of the run folders
     resume: str = ""  # run folder to resume; its options apply unless given again
-    generate: int = 0  # instead of training, write this many samples of the run in --resume to its generated/
-    log_every: int = 100  # steps between lines of metrics.jsonl, each with a checkpoint
-    eval_every: int = 2800  # steps between evaluations, each with a picture
-    num_eval_samples: int = 10_000  # samples per evaluation; 0 skips it for images
-    num_steps: int = 14_000  # updates of the generator
-    batch_size: int = 64  # samples in a batch
-    latent_dim: int = 32  # size of the generator's Gaussian input
+    generate: int = Field(0, ge=0)  # write so many samples of the run in --resume to its generated/, then end
+    log_every: int = Field(100, gt=0)  # steps between lines of metrics.jsonl, each with a checkpoint
+    eval_every: int = Field(2800, gt=0)  # steps between evaluations, each with a picture
+    num_eval_samples: int = Field(10_000, ge=0)  # samples per evaluation; 0 skips it for images
+    num_steps: int = Field(14_000, gt=0)  # updates of the generator
+    batch_size: int = Field(64, gt=0, multiple_of=2)  # samples in a batch, of two independent halves
+    latent_dim: int = Field(32, gt=0)  # size of the generator's Gaussian input
     critic: Literal["learned", "fixed"] = "learned"  # the cost is one of its features, or of the data itself
-    critic_every: int = 1  # updates of the generator per update of the critic
+    critic_every: int = Field(1, gt=0)  # updates of the generator per update of the critic
     repulsive: bool = True  # the critic's loss spreads real and draws fake samples together, else -loss
-    lr_generator: float = 3e-3  # learning rate, which falls to zero in the last part of the run
-    lr_critic: float = 2e-3  # likewise
+    lr_generator: float = Field(3e-3, gt=0)  # learning rate, which falls to zero in the last part of the run
+    lr_critic: float = Field(2e-3, gt=0)  # likewise
     # the Sinkhorn divergence, or OT-GAN's distance between two halves of a batch
     loss: Literal["sinkhorn", "minibatch-energy"] = "sinkhorn"
     cost: Literal["cosine", "euclidean"] = "cosine"  # one minus the cosine, or half the squared distance
-    epsilon: float = 0.3  # entropic regularisation, in units of the batch's mean cost
-    tolerance: float = 0.01  # marginal error, a sum of absolute differences, at which iterations stop
-    max_iterations: int = 100  # iterations at most
+    epsilon: float = Field(0.3, gt=0)  # entropic regularisation, in units of the batch's mean cost
+    # marginal error, a sum of absolute differences, at which iterations stop
+    tolerance: float = Field(0.01, gt=0)
+    max_iterations: int = Field(100, gt=0)  # iterations at most
     unroll: bool = False  # differentiate through the iterations, instead of by the envelope theorem
     stratified: bool = True  # ring and grid: even batches, a real point per cell and latents of a Sobol set
 
     def __init__(self, **options):
-        set_options(self, options)
+        for name, value in options.items():
+            if isinstance(value, str | os.PathLike):
+                options[name] = os.path.expanduser(value)
+        # The command line gives every option, of a resumed run those of the run that were not typed.
+        if options.get("resume") and len(options) < len(Args.model_fields):
+            saved = load_checkpoint(options["resume"])["args"]
+            del saved["device"]  # another machine may go on
+            options = saved | options
+        for name in ("dataset", "critic"):
+            options = PRESETS.get(options.get(name), {}) | options
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+            raise UserError("; ".join(wrong)) from None
         if self.generate and not self.resume:
             raise UserError("--generate needs --resume, the folder of the run that draws the samples")
-        if self.batch_size % 2:
-            raise UserError(f"batch_size must be even, for two independent halves, not {self.batch_size}")
         if self.unroll and self.loss == "minibatch-energy":
             raise UserError("unroll: in the loss minibatch-energy no gradient flows through the plan")
-
-
-def set_options(args, options: dict) -> None:
-    """Set args to the options, else to those of the run to resume, the data set's preset or the defaults."""
-    base = {}
-    for name, presets in PRESETS.items():
-        base |= presets.get(options.get(name), {})
-    # The command line gives every option, of a resumed run those of the run that were not typed.
-    if options.get("resume") and len(options) < len(fields(args)):
-        base = load_checkpoint(options["resume"])["args"]
-        del base["device"]  # another machine may go on
-    for f in fields(args):
-        value = options.pop(f.name, base.get(f.name, f.default))
-        kind = type(f.default)
-        if isinstance(value, str | os.PathLike):
-            value = os.path.expanduser(value)
-        if kind is float and type(value) is int:
-            value = float(value)
-        words = get_args(f.type) if kind is str else ()
-        if type(value) is not kind or (words and value not in words):
-            raise UserError(f"{f.name} must be {words or kind.__name__}, not {value!r}")
-        if kind in (int, float) and not (0 <= value < math.inf and (value or f.name in MAY_BE_ZERO)):
-            raise UserError(f"{f.name} must be positive and finite, not {value!r}")
-        setattr(args, f.name, value)
-    if options:
-        raise UserError(f"unknown options: {list(options)}")
 
 
 # ---- Data -----------------------------------------------------------------------------------------------
@@ -1092,7 +1076,7 @@ def train(args: Args) -> Path:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Return the command line's options, over those of the resumed run or the data set's preset."""
     typed = tyro.cli(Args, args=argv)
-    chosen = {name: getattr(typed, name) for name in PRESETS if getattr(typed, name) != getattr(Args, name)}
+    chosen = {name: value for name, value in vars(typed).items() if value in PRESETS}
     default = Args(resume=typed.resume) if typed.resume else Args(**chosen)
     return tyro.cli(Args, args=argv, default=default)
 

@@ -125,7 +125,9 @@ def tiny(tiny_mnist):
         small["run_dir"] = tiny_mnist.with_name("runs")  # with the classifier that evaluates samples
         if script.SCRIPT == "cyclegan_mnist_usps":
             small["num_eval_samples"] = 0  # it trains four classifiers for an evaluation
-        return script.Args(**{name: v for name, v in small.items() if hasattr(script.Args, name)} | options)
+        return script.Args(
+            **{name: v for name, v in small.items() if name in script.Args.model_fields} | options
+        )
 
     return make
 
