@@ -8,8 +8,8 @@
 
 A GAN maps one Gaussian to the data and has to tear it apart where the data are. Here the latent is
 z = mu_k + s_k eps with k uniform and eps ~ N(0, I): means and scales stay as drawn (--latent static) or train
-with the generator (--latent dynamic); --latent normal is the plain GAN. A head of the discriminator names the
-component that an image is of: so components differ, and the head clusters real images without a label.
+with the generator (--latent dynamic); --latent normal is the plain GAN. Heads of the discriminator cluster
+real images without a label; the generator makes images of component k for cluster k of the best head.
     Radford et al. 2016            DCGAN: the convolutional networks                     1511.06434
     Chen et al. 2016               InfoGAN: a head that reads the latent                 1606.03657
     Hu et al. 2017                 IMSAT: confident, balanced, invariant clusters        1702.08720
@@ -86,10 +86,11 @@ class Args(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
     loss: Literal["relativistic", "non-saturating"] = "relativistic"  # logits compared in pairs, or with zero
     # half of it weighs each penalty on the discriminator's slope, at real and at fake
     gamma: float = Field(0.2, ge=0)
-    # weight of the head that names components, in the discriminator's loss
-    component_weight: float = Field(1.0, ge=0)
-    # weight of its term in the generator's loss, which trades recall for clarity
-    naming_weight: float = Field(1.0, ge=0)
+    cluster_weight: float = Field(1.0, ge=0)  # weight of the discriminator's heads, which cluster real images
+    balance: float = Field(2.0, ge=0)  # therein, weight of clusters having one size
+    invariance: float = Field(1.0, ge=0)  # therein, weight of images keeping their cluster when augmented
+    num_heads: int = Field(5, gt=0)  # clusterings, of which one is chosen early
+    naming_weight: float = Field(0.1, ge=0)  # weight of images being of their component's cluster
     learning_rate: float = Field(2e-3, gt=0)  # of both networks; it falls to zero in the last part of the run
 
     def __init__(self, **options):
@@ -148,13 +149,14 @@ def to_float(batch: Tensor) -> Tensor:
     return batch.unsqueeze(1).float() / 127.5 - 1 if batch.dtype == torch.uint8 else batch
 
 
-def augment(images: Tensor) -> Tensor:
+def augment(images: Tensor, strength: float = 1.0) -> Tensor:
     """Return images (b, 1, 28, 28) in [-1, 1], each turned, sheared, scaled and shifted at random.
 
     Their border is black. Generated images have gradients through it.
     """
-    # Up to 7.5 degrees, a shear of 0.1, a scale in [0.93, 1.07] and a shift of 1.5 of the 28 pixels
+    # Strength times 7.5 degrees, a shear of 0.1 and a scale of 0.07 at most, and a shift of 1.5 of 28 pixels
     limits = torch.tensor((math.pi / 24, 0.1, 0.07, 0.07, 1.5 / 14, 1.5 / 14), device=images.device)
+    limits[:4] *= strength
     draws = limits * (2 * torch.rand(len(images), 6, device=images.device) - 1)
     angle, shear, width, height, right, down = draws.unbind(1)
     cos, sin = angle.cos(), angle.sin()
@@ -304,20 +306,32 @@ def make_generator(latent_dim: int) -> nn.Sequential:
     return network.to(memory_format=torch.channels_last)  # half the time of a step on a CPU
 
 
-def make_discriminator(num_components: int) -> nn.Sequential:
-    """Return a network from images (b, 1, 28, 28) to a logit and the logits of K components (b, 1 + K)."""
-    network = nn.Sequential(
-        nn.ConstantPad2d(1, -1.0),  # black: a frame of grey, which is 0, would be seen
-        nn.Conv2d(1, 32, 4, 2),  # (b, 32, 14, 14)
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(32, 64, 4, 2, 1),  # (b, 64, 7, 7)
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(64, 64, 3, 1, 1),
-        nn.LeakyReLU(0.2),
-        nn.Flatten(),
-        nn.Linear(64 * 49, 1 + num_components),
-    )
-    return network.to(memory_format=torch.channels_last)
+class Discriminator(nn.Module):
+    """Images (b, 1, 28, 28) to logits (b,) of being real, and to those of h clusterings (b, h, K)."""
+
+    def __init__(self, heads: int, num_clusters: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.ConstantPad2d(1, -1.0),  # black: a frame of grey, which is 0, would be seen
+            nn.Conv2d(1, 32, 4, 2),  # (b, 32, 14, 14)
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(32, 64, 4, 2, 1),  # (b, 64, 7, 7)
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(64, 64, 3, 1, 1),
+            nn.LeakyReLU(0.2),
+            nn.Flatten(),
+        )
+        self.last = nn.Linear(64 * 49, 1 + heads * num_clusters)
+        self.register_buffer("head_losses", torch.zeros(heads))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.last(self.body(images))
+        return outputs[:, 0], outputs[:, 1:].unflatten(1, (len(self.head_losses), -1))
+
+    def best(self, clusterings: Tensor) -> Tensor:
+        """Return logits (b, K) of the clustering whose loss was least, of all of them (b, h, K)."""
+        return clusterings.index_select(1, self.head_losses.argmin().view(1)).squeeze(1)
 
 
 class Mixture(nn.Module):
@@ -368,17 +382,18 @@ def squared_slope(logits: Tensor, samples: Tensor) -> Tensor:
     return grad.square().flatten(1).sum(1).mean()
 
 
-def information_loss(logits: Tensor, logits_augmented: Tensor) -> Tensor:
-    """Return the loss of K clusters that are confident, balanced and invariant, from logits (n, K): a scalar.
+def information_loss(logits: Tensor, logits_augmented: Tensor, balance: float, invariance: float) -> Tensor:
+    """Return losses (h,) of h clusterings, which are to be confident, balanced and invariant.
 
-    Hu et al. 2017, eqs. 5 and 7: -I = E H(p) - H(E p), and the cross-entropy of augmented images with p.
+    Hu et al. 2017, eqs. 5 and 7: E H(p) - balance H(E p) + invariance E CE(p, p of augmented images), of
+    logits (n, h, K). Balance below 2 leaves clusters that hold two classes; 4 puts all images into one.
     """
-    p = logits.softmax(1)
+    p = logits.softmax(2)
     mean = p.mean(0)
-    confident = -(p * logits.log_softmax(1)).sum(1).mean()
-    balanced = torch.xlogy(mean, mean).sum()
-    invariant = -(p.detach() * logits_augmented.log_softmax(1)).sum(1).mean()
-    return confident + balanced + invariant
+    confident = -(p * logits.log_softmax(2)).sum(2).mean(0)
+    balanced = (mean * mean.clamp(min=1e-8).log()).sum(1)
+    invariant = -(p.detach() * logits_augmented.log_softmax(2)).sum(2).mean(0)
+    return confident + balance * balanced + invariance * invariant
 
 
 # ---- Training -------------------------------------------------------------------------------------------
@@ -405,7 +420,9 @@ def train(args: Args) -> Path:
             mixture = Mixture(*shape, args.latent_range, args.sigma, trained=args.latent == "dynamic")
         k = len(mixture.means)
         model = nn.ModuleDict({"mixture": mixture, "generator": generator}).to(args.device)
-        discriminator = make_discriminator(k).to(args.device)
+        discriminator = Discriminator(args.num_heads, k).to(args.device)
+        clustered = args.cluster_weight > 0 and k > 1
+        warm_up = args.num_steps // 10  # steps in which the heads find their clusters, before one is chosen
         decay = min(0.999, 1 - 10 / max(10, args.num_steps))  # a short run averages over fewer steps
         averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -461,8 +478,9 @@ def train(args: Args) -> Path:
             metrics = {}
             if n:
                 metrics = image_metrics(samples[:n], x_eval[:n], classifier)
-            if n and k > 1:
-                found = [discriminator(to_float(b))[:, 1:].argmax(1) for b in x_eval.split(1000)]
+            if n and clustered:
+                clusterings = [discriminator(to_float(b))[1] for b in x_eval.split(1000)]
+                found = [discriminator.best(c).argmax(1) for c in clusterings]
                 metrics |= cluster_metrics(y_eval, torch.cat(found))
                 purity = [classifier(row).argmax(1).bincount().max().item() / 100 for row in rows_of_k]
                 metrics |= {"row_purity": sum(purity) / k, "worst_row": min(purity)}
@@ -484,31 +502,33 @@ def train(args: Args) -> Path:
             noise = torch.randn(args.batch_size, args.latent_dim, device=args.device)
             fake = generator(mixture(components, noise))
 
-            # The discriminator minimises  softplus(l(G(z)) - l(x)) + gamma / 2 (R1 + R2),  and with weight w
-            # -log q(k | G(z)) - I(k; x) + E -log q(k of x | augmented x).
+            # The discriminator minimises  softplus(l(G(z)) - l(x)) + gamma / 2 (R1 + R2) + the heads' losses.
             x = real.requires_grad_()
             y = fake.detach().requires_grad_()
-            d_real, d_fake = discriminator(x), discriminator(y)
-            loss_d, _ = losses(d_real[:, 0], d_fake[:, 0])
+            l_real, c_real = discriminator(x)
+            l_fake, _ = discriminator(y)
+            loss_d, _ = losses(l_real, l_fake)
             if args.gamma:
-                r1, r2 = squared_slope(d_real[:, 0], x), squared_slope(d_fake[:, 0], y)
+                r1, r2 = squared_slope(l_real, x), squared_slope(l_fake, y)
                 loss_d = loss_d + args.gamma / 2 * (r1 + r2)
-            if args.component_weight and k > 1:
-                named = F.cross_entropy(d_fake[:, 1:], components)
-                d_augmented = discriminator(augment(real.detach()))
-                clusters = information_loss(d_real[:, 1:], d_augmented[:, 1:])
-                loss_d = loss_d + args.component_weight * (named + clusters)
+            if clustered:
+                _, c_augmented = discriminator(augment(real.detach(), strength=3.0))
+                head_losses = information_loss(c_real, c_augmented, args.balance, args.invariance)
+                loss_d = loss_d + args.cluster_weight * head_losses.mean()
+                if step <= warm_up:
+                    discriminator.head_losses.lerp_(head_losses.detach(), 0.02)
             optimizer_d.zero_grad()
             loss_d.backward(inputs=list(discriminator.parameters()))
             optimizer_d.step()
 
-            # Generator and mixture minimise  softplus(l(x) - l(G(z))) - v log q(k | G(z)).
+            # Generator and mixture minimise  softplus(l(x) - l(G(z))) - v log p(cluster k | G(z)).
             with torch.no_grad():
-                l_real = discriminator(real)[:, 0]
-            d_fake = discriminator(fake)
-            _, loss_g = losses(l_real, d_fake[:, 0])
-            if args.component_weight and k > 1:
-                loss_g = loss_g + args.naming_weight * F.cross_entropy(d_fake[:, 1:], components)
+                l_real, _ = discriminator(real)
+            l_fake, c_fake = discriminator(fake)
+            _, loss_g = losses(l_real, l_fake)
+            if clustered and step > warm_up:
+                named = F.cross_entropy(discriminator.best(c_fake), components)
+                loss_g = loss_g + args.naming_weight * named
             optimizer_g.zero_grad()
             loss_g.backward(inputs=trained)
             optimizer_g.step()
@@ -522,11 +542,11 @@ def train(args: Args) -> Path:
                 seconds += elapsed
                 row = {"step": step, "steps_per_second": (step - logged) / elapsed}
                 row |= {"loss_d": loss_d.item(), "loss_g": loss_g.item()}
-                row["logit_std"] = torch.cat((l_real, d_fake[:, 0])).std().item()
+                row["logit_std"] = torch.cat((l_real, l_fake)).std().item()
                 if args.gamma:
                     row |= {"r1": r1.item(), "r2": r2.item()}
-                if args.component_weight and k > 1:
-                    row |= {"named": named.item(), "clusters": clusters.item()}
+                if clustered:
+                    row["head_loss"] = head_losses.min().item()
                 if step % args.eval_every == 0 or step == args.num_steps:
                     metrics = evaluate()
                     row |= metrics

@@ -159,13 +159,14 @@ def to_float(batch: Tensor) -> Tensor:
     return batch.unsqueeze(1).float() / 127.5 - 1 if batch.dtype == torch.uint8 else batch
 
 
-def augment(images: Tensor) -> Tensor:
+def augment(images: Tensor, strength: float = 1.0) -> Tensor:
     """Return images (b, 1, 28, 28) in [-1, 1], each turned, sheared, scaled and shifted at random.
 
     Their border is black. Generated images have gradients through it.
     """
-    # Up to 7.5 degrees, a shear of 0.1, a scale in [0.93, 1.07] and a shift of 1.5 of the 28 pixels
+    # Strength times 7.5 degrees, a shear of 0.1 and a scale of 0.07 at most, and a shift of 1.5 of 28 pixels
     limits = torch.tensor((math.pi / 24, 0.1, 0.07, 0.07, 1.5 / 14, 1.5 / 14), device=images.device)
+    limits[:4] *= strength
     draws = limits * (2 * torch.rand(len(images), 6, device=images.device) - 1)
     angle, shear, width, height, right, down = draws.unbind(1)
     cos, sin = angle.cos(), angle.sin()

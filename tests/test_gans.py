@@ -118,7 +118,7 @@ CASES = [
     (sgan_mnist, {"gan_weight": 0.0, "paste": 0.0, "eval_views": 0}),
     (sgan_mnist, {"consistency_weight": 0.0, "eval_split": "validation"}),
     (gmgan_mnist, {"latent": "normal", "loss": "non-saturating", "gamma": 0.0}),
-    (gmgan_mnist, {"latent": "static", "component_weight": 0.0, "eval_split": "validation"}),
+    (gmgan_mnist, {"latent": "static", "cluster_weight": 0.0, "eval_split": "validation"}),
     (gmgan_mnist, {"num_components": 13}),
     (cyclegan_mnist_usps, {"num_eval_samples": 60, "semantic_consistency": "usps"}),
     (cyclegan_mnist_usps, {"num_eval_samples": 60, "eval_split": "validation"}),

@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 import cyclegan_mnist_usps as cyclegan
+import gmgan_mnist as gmgan
 import sgan_mnist
-from gmgan_mnist import Mixture, information_loss, non_saturating_losses, relativistic_losses, squared_slope
 
 
 def numbers(*shape, seed=0):
@@ -106,37 +106,48 @@ def test_losses_of_pairs_and_of_each():
     """Minus the logarithm of the probability that real ones, or for the generator fake ones, seem real."""
     x, y = numbers(6), numbers(6, seed=1)
     expected = -(x - y).sigmoid().log().mean(), -(y - x).sigmoid().log().mean()
-    assert_close(relativistic_losses(x, y), expected)
+    assert_close(gmgan.relativistic_losses(x, y), expected)
     expected = -x.sigmoid().log().mean() - (1 - y.sigmoid()).log().mean(), -y.sigmoid().log().mean()
-    assert_close(non_saturating_losses(x, y), expected)
+    assert_close(gmgan.non_saturating_losses(x, y), expected)
 
 
 def test_squared_slope():
     """Of a quadratic form, whose gradient is known, and with a gradient in the weights."""
     x = numbers(5, 2, 3).requires_grad_()
     weight = numbers(2, 3, seed=1).requires_grad_()
-    value = squared_slope((weight * x.square()).sum((1, 2)), x)
+    value = gmgan.squared_slope((weight * x.square()).sum((1, 2)), x)
     expected = (2 * weight * x).square().sum((1, 2)).mean()
     assert_close(value, expected)
     assert_close(torch.autograd.grad(value, weight), torch.autograd.grad(expected, weight))
 
 
 def test_information_loss():
-    """By its terms; least where clusters are confident, balanced and the same of augmented images."""
-    logits, other = numbers(6, 3), numbers(6, 3, seed=1)
-    p, q = logits.softmax(1), other.softmax(1)
-    information = (p * (p / p.mean(0)).log()).sum(1).mean()
-    assert_close(information_loss(logits, other), -information - (p * q.log()).sum(1).mean())
-    best = 50 * torch.eye(3).repeat(2, 1)
-    assert information_loss(best, best).item() == pytest.approx(-math.log(3), abs=1e-6)
-    assert information_loss(best, best.roll(1, 0)) > information_loss(best[:1], best[:1]) > -1e-6
-    assert torch.isfinite(information_loss(1e3 * best, 1e3 * best))
+    """By its terms, of two clusterings; least where confident, balanced and the same of augmented images."""
+    logits, other = numbers(6, 2, 3), numbers(6, 2, 3, seed=1)
+    p, q = logits.softmax(2), other.softmax(2)
+    terms = (p * p.log()).sum(2).mean(0), (p.mean(0) * p.mean(0).log()).sum(1), (p * q.log()).sum(2).mean(0)
+    assert_close(gmgan.information_loss(logits, other, 2.0, 0.5), -terms[0] + 2 * terms[1] - 0.5 * terms[2])
+    best = 50 * torch.eye(3).repeat(2, 1)[:, None]
+    assert gmgan.information_loss(best, best, 1.0, 1.0).item() == pytest.approx(-math.log(3), abs=1e-6)
+    one = gmgan.information_loss(best[:1], best[:1], 1.0, 1.0)
+    assert gmgan.information_loss(best, best.roll(1, 0), 1.0, 1.0) > one > -1e-6
+    empty = (1e3 * best[:1]).requires_grad_()  # all in one cluster, and none in the others
+    (grad,) = torch.autograd.grad(gmgan.information_loss(empty, empty, 2.0, 1.0).sum(), empty)
+    assert grad.isfinite().all()
+
+
+def test_the_best_clustering_names_the_components():
+    discriminator = gmgan.Discriminator(3, 4)
+    discriminator.head_losses.copy_(torch.tensor([0.0, -2.0, -1.0]))
+    logits, clusterings = discriminator(numbers(5, 1, 28, 28).float())
+    assert logits.shape == (5,) and clusterings.shape == (5, 3, 4)
+    assert torch.equal(discriminator.best(clusterings), clusterings[:, 1])
 
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_mixture(trained):
     torch.manual_seed(0)
-    mixture = Mixture(3, 4, 2.0, 0.5, trained)
+    mixture = gmgan.Mixture(3, 4, 2.0, 0.5, trained)
     assert mixture.means.shape == (3, 4) and mixture.means.abs().max() <= 2
     components, noise = torch.tensor([2, 0]), torch.randn(2, 4)
     latents = mixture(components, noise)

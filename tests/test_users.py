@@ -151,12 +151,9 @@ def test_track_offline(run_cli, tmp_path):
 
 WRONG = [
     (mmd_gan, {"eval_split": "val"}, "^eval_split = 'val': .*'test' or 'validation'$"),
-    (mmd_gan, {"loss": None}, "^loss = None: .*'repulsive' or 'attractive'$"),
     (mmd_gan, {"seed": "3"}, "^seed = '3': .*integer$"),
-    (mmd_gan, {"seed": np.int64(3)}, "^seed = .*3.*: .*integer$"),
     (mmd_gan, {"num_steps": True}, "^num_steps = True: .*integer$"),
     (mmd_gan, {"log_every": 0}, "^log_every = 0: .*greater than 0$"),
-    (mmd_gan, {"torch_deterministic": 1}, "^torch_deterministic = 1: .*boolean$"),
     (mmd_gan, {"run_dir": 3, "seed": -1}, "^seed = -1: .*; run_dir = 3: .*string$"),
     (mmd_gan, {"nonsense": 1}, "^nonsense = 1: .*not permitted$"),
     (mmd_gan, {"lr_generator": math.inf}, "lr_generator.*inf"),
