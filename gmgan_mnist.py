@@ -512,7 +512,7 @@ def train(args: Args) -> Path:
                 r1, r2 = squared_slope(l_real, x), squared_slope(l_fake, y)
                 loss_d = loss_d + args.gamma / 2 * (r1 + r2)
             if clustered:
-                _, c_augmented = discriminator(augment(real.detach(), strength=3.0))
+                _, c_augmented = discriminator(augment(real.detach(), strength=2.0))
                 head_losses = information_loss(c_real, c_augmented, args.balance, args.invariance)
                 loss_d = loss_d + args.cluster_weight * head_losses.mean()
                 if step <= warm_up:
