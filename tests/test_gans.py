@@ -376,10 +376,6 @@ def test_translate(finished, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == sorted(names) and len(names) == 8
     (pictures / "text.png").write_bytes(b"no picture")
     Image.new("L", (30, 28)).save(tmp_path / "wide.png")
-    for path, message in (
-        (pictures, "no picture"),
-        (tmp_path, "30 x 28"),
-        (folder / "x", "no folder with PNG"),
-    ):
+    for path, message in ((pictures, "no picture"), (tmp_path, "30 x 28"), (folder / "x", "no folder with")):
         with pytest.raises(script.UserError, match=message):
             again(script, folder, direction="usps2mnist", input=path)

@@ -83,21 +83,9 @@ def test_kernels_keep_nan():
 @pytest.mark.parametrize("part, count", [("mmd", 6), ("sinkhorn or nan", 6)])
 def test_interpreter(part, count):
     """The two tests above, in Triton's interpreter."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-n",
-        "0",
-        "-m",
-        "gpu",
-        "-k",
-        f"kernels and ({part})",
-        __file__,
-    ]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pytest", "-n0", "-mgpu", f"-kkernels and ({part})", __file__]
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
     if "only 0-dimensional arrays can be converted" in result.stdout:
         pytest.skip("the interpreter of Triton 3.6 fails with NumPy 2.4")
     assert result.returncode == 0 and f"\n{count} passed" in result.stdout, result.stdout
