@@ -422,7 +422,7 @@ def train(args: Args) -> Path:
         model = nn.ModuleDict({"mixture": mixture, "generator": generator}).to(args.device)
         discriminator = Discriminator(args.num_heads, k).to(args.device)
         clustered = args.cluster_weight > 0 and k > 1
-        warm_up = args.num_steps // 10  # steps in which the heads find their clusters, before one is chosen
+        warm_up = args.num_steps // 5  # steps in which the heads find their clusters, before one is chosen
         decay = min(0.999, 1 - 10 / max(10, args.num_steps))  # a short run averages over fewer steps
         averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         trained = [p for p in model.parameters() if p.requires_grad]
