@@ -217,7 +217,7 @@ def test_few_points_and_duplicates():
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("kind", ["duplicates", "clusters", "outlier", "weights", "plain"])
 def test_hard_problems_converge(kind, seed):
-    """Within 2,000 iterations, for epsilons down to 1e-4 of the mean cost."""
+    """Within 1,000 iterations, for epsilons down to 1e-4 of the mean cost; without annealing two take more."""
     rng = torch.Generator().manual_seed(seed)
     n, m = (int(k) for k in torch.randint(20, 150, (2,), generator=rng))
     x, y = cloud(n, 3, seed), cloud(m, 3, seed + 50, 1.0)
@@ -233,7 +233,7 @@ def test_hard_problems_converge(kind, seed):
     x, y, a, b = (v.float() for v in (x, y, a, b))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        value = ot_cost(x, y, eps, a, b)
+        value = ot_cost(x, y, eps, a, b, max_iterations=1000)
         x, y, a, b = (v.double() for v in (x, y, a, b))
         assert_near(value, ot_cost(x, y, eps, a, b, tol=1e-5, max_iterations=50_000), 3e-3)
 
