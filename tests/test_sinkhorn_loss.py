@@ -217,7 +217,7 @@ def test_few_points_and_duplicates():
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("kind", ["duplicates", "clusters", "outlier", "weights", "plain"])
 def test_hard_problems_converge(kind, seed):
-    """Within 1,000 iterations, for epsilons down to 1e-4 of the mean cost; without annealing two take more."""
+    """Within 1,000 iterations, for epsilons down to 1e-4 of the mean cost: without annealing two fail."""
     rng = torch.Generator().manual_seed(seed)
     n, m = (int(k) for k in torch.randint(20, 150, (2,), generator=rng))
     x, y = cloud(n, 3, seed), cloud(m, 3, seed + 50, 1.0)
