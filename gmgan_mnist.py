@@ -103,7 +103,7 @@ class Args(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
             saved = load_checkpoint(options["resume"])["args"]
             del saved["device"]  # another machine may go on
             options = saved | options
-        options = PRESETS.get(options.get("dataset"), {}) | options
+        options = PRESETS.get(str(options.get("dataset")), {}) | options
         try:
             super().__init__(**options)
         except ValidationError as error:
@@ -387,7 +387,7 @@ def information_loss(logits: Tensor, logits_augmented: Tensor, balance: float, i
     """Return losses (h,) of h clusterings, which are to be confident, balanced and invariant.
 
     Hu et al. 2017, eqs. 5 and 7: E H(p) - balance H(E p) + invariance E CE(p, p of augmented images), of
-    logits (n, h, K). Balance below 2 leaves clusters that hold two classes; 4 puts all images into one.
+    logits (n, h, K). With a balance of 1 all images may go into one cluster.
     """
     p = logits.softmax(2)
     mean = p.mean(0)

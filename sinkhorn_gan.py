@@ -114,7 +114,7 @@ class Args(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
             del saved["device"]  # another machine may go on
             options = saved | options
         for name in ("dataset", "critic"):
-            options = PRESETS.get(options.get(name), {}) | options
+            options = PRESETS.get(str(options.get(name)), {}) | options
         try:
             super().__init__(**options)
         except ValidationError as error:

@@ -90,7 +90,7 @@ class Args(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
             saved = load_checkpoint(options["resume"])["args"]
             del saved["device"]  # another machine may go on
             options = saved | options
-        options = PRESETS.get(options.get("dataset"), {}) | options
+        options = PRESETS.get(str(options.get("dataset")), {}) | options
         try:
             super().__init__(**options)
         except ValidationError as error:

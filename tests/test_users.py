@@ -151,6 +151,7 @@ def test_track_offline(run_cli, tmp_path):
 
 WRONG = [
     (mmd_gan, {"eval_split": "val"}, "^eval_split = 'val': .*'test' or 'validation'$"),
+    *((script, {"dataset": ["ring"]}, r"^dataset = \['ring'\]: ") for script in SCRIPTS),
     (mmd_gan, {"seed": "3"}, "^seed = '3': .*integer$"),
     (mmd_gan, {"num_steps": True}, "^num_steps = True: .*integer$"),
     (mmd_gan, {"log_every": 0}, "^log_every = 0: .*greater than 0$"),
